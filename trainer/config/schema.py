@@ -1,0 +1,259 @@
+"""The schema of a recipe: one frozen section per concern, a docstring per setting, units in the names.
+
+`RunConfig` holds what the user asked for and nothing derived: `interlace.trainer.plan.resolve` turns it
+into what will happen. Values that depend on each other are checked in `interlace.trainer.config.checks`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys refused, no silent conversion between types."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, strict=True
+    )
+
+
+class RunSection(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    dir: str = ""
+    """Run folder; empty means `runs/<recipe>-<number>`. An existing run folder is resumed."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the initial weights, the data order and the samples."""
+
+
+class ModelSection(Section):
+    """The shape of the model: a stack of layers, each the residual blocks that `pattern` spells."""
+
+    pattern: Annotated[str, Field(min_length=1)] = "AF"
+    """Residual blocks of one layer, a letter each (A: attention, F: SwiGLU feed-forward)."""
+
+    layers: PositiveInt = 4
+    """How often the pattern is repeated."""
+
+    width: PositiveInt = 192
+    """Width of the residual stream."""
+
+    heads: PositiveInt = 4
+    """Query heads of an attention block."""
+
+    kv_heads: PositiveInt | None = None
+    """Key and value heads (grouped-query attention); unset means as many as query heads."""
+
+    head_width: PositiveInt | None = None
+    """Width of one head; unset means `width / heads`."""
+
+    ffn_width: PositiveInt | None = None
+    """Hidden width of a feed-forward block; unset means 8/3 of the width, rounded up to a multiple of 64."""
+
+    query_key_norm: bool = False
+    """Normalise queries and keys per head (RMSNorm) before the rotary embedding."""
+
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output head as well."""
+
+    rope_base: Annotated[float, Field(gt=1.0)] = 10_000.0
+    """Base of the rotary position embedding's wavelengths."""
+
+    norm_epsilon: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Added to the mean square inside RMSNorm."""
+
+
+class SourceSection(Section):
+    """One source of a mixture."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """`stdlib`, a file or glob (`corpus/*.jsonl`), `KIND:LOCATION`, or a Hugging Face dataset name."""
+
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Share of this source in the mixture, counted in tokens, relative to the other weights."""
+
+    text_field: str | None = None
+    """Field that holds the text in jsonl, parquet and hub rows; unset means `data.text_field`."""
+
+    subset: str | None = None
+    """Configuration name of a Hugging Face dataset (`wikitext-2-raw-v1`)."""
+
+    split: str = "train"
+    """Split of a Hugging Face dataset that is read."""
+
+
+class DataSection(Section):
+    """What text is trained on and how it becomes rows of tokens."""
+
+    source: str | list[SourceSection] = "stdlib"
+    """One source as text, or a list of tables with weights; see `SourceSection`."""
+
+    text_field: str = "text"
+    """Field that holds the text in jsonl, parquet and hub rows."""
+
+    tokenizer: Annotated[str, Field(min_length=1)] = "bytes"
+    """`bytes`, `bpe` (byte-level BPE trained on the sources), or the path of a `tokenizer.json`."""
+
+    vocabulary_size: Annotated[int, Field(ge=258)] = 4096
+    """Entries of a BPE vocabulary trained here, the end-of-text token included; others bring their own."""
+
+    sequence_length: Annotated[int, Field(ge=2)] = 256
+    """Tokens per row that the model sees and predicts."""
+
+    respect_documents: bool = True
+    """Attention never crosses a document boundary and positions restart there; false packs blindly."""
+
+    validation_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
+    """Share of the documents held out for validation, chosen by hash."""
+
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """What an unreadable row does: stop with its file and number, or be counted and quarantined."""
+
+    bad_row_budget: Fraction = 0.001
+    """With `on_bad_row = "skip"`: the largest share of bad rows that is tolerated."""
+
+    prepared_dir: Annotated[str, Field(min_length=1)] = "prepared"
+    """Folder that receives tokenised corpora; runs with the same data settings share them."""
+
+    workers: PositiveInt | None = None
+    """Processes that tokenise; unset means one per CPU core."""
+
+
+class TrainSection(Section):
+    """How long, how large a step, in which precision."""
+
+    steps: PositiveInt = 300
+    """Optimizer steps of the whole run."""
+
+    tokens_per_step: PositiveInt = 4096
+    """Batch size: tokens per optimizer step over all ranks; accumulation is derived from it."""
+
+    microbatch_rows: PositiveInt | None = None
+    """Most rows one rank passes through the model at once; unset means up to 16,384 tokens."""
+
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of activations and matrix products; auto: bfloat16 on a GPU, float32 on a CPU."""
+
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    """What backward recomputes: nothing, whole layers, or all but matrix products and attention."""
+
+    compile: bool | None = None
+    """Compile every layer with `torch.compile`; unset means on a GPU only."""
+
+    z_loss: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the squared log-partition penalty (PaLM, section 5); 0 turns it off."""
+
+    max_bad_steps: PositiveInt = 5
+    """Steps in a row with a loss or gradient that is not finite before the run stops."""
+
+    validate_every_steps: NonNegativeInt = 100
+    """Steps between validations; 0 validates at the end only."""
+
+    validation_tokens: PositiveInt = 131_072
+    """Held-out tokens of one validation, rounded down to whole rows and to what there is."""
+
+
+class OptimizerSection(Section):
+    """How parameters are updated."""
+
+    rule: Literal["adamw"] = "adamw"
+    """Update rule: AdamW (Loshchilov and Hutter 2019)."""
+
+    peak_lr: Annotated[float, Field(gt=0.0)] = 3e-3
+    """Learning rate after warm-up."""
+
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the first moment."""
+
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay of the second moment."""
+
+    epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the root of the second moment."""
+
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Decoupled weight decay of matrices; norms and biases have none."""
+
+    clip: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest global gradient norm; a longer gradient is scaled down. 0 turns clipping off."""
+
+    schedule: Literal["constant", "cosine", "wsd"] = "wsd"
+    """Learning rate over the steps: constant, cosine, or warm-up-stable-decay."""
+
+    warmup_steps: NonNegativeInt = 20
+    """Steps over which the learning rate rises linearly from zero."""
+
+    decay_fraction: Fraction = 0.4
+    """With `schedule = "wsd"`: share of the steps, at the end, over which the rate falls linearly."""
+
+    final_lr_fraction: Fraction = 0.0
+    """Learning rate at the last step as a share of the peak (cosine and wsd)."""
+
+
+class ParallelSection(Section):
+    """How several ranks share one model."""
+
+    replicas: PositiveInt = 1
+    """Groups of ranks that each hold a whole copy (HSDP); 1 shards over all ranks (FSDP2)."""
+
+
+class CheckpointSection(Section):
+    """When state is saved and which checkpoints stay."""
+
+    every_steps: NonNegativeInt = 100
+    """Steps between checkpoints; 0 saves at the end and on a signal only."""
+
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints that stay."""
+
+    keep_every_steps: NonNegativeInt = 0
+    """Checkpoints whose step is a multiple of this stay for good; 0 keeps none beyond the newest."""
+
+
+class ObserveSection(Section):
+    """What a person sees."""
+
+    log_every_steps: PositiveInt = 10
+    """Steps between printed lines; `metrics.jsonl` holds every step."""
+
+    sample_prompts: list[str] = ["def ", "import "]
+    """Texts that the model continues at the end of a run."""
+
+    sample_tokens: NonNegativeInt = 200
+    """Most tokens of such a sample; 0 writes none."""
+
+    sample_temperature: Annotated[float, Field(ge=0.0)] = 0.8
+    """Randomness of samples; 0 always takes the likeliest token."""
+
+
+class RunConfig(Section):
+    """Everything the user asked for. Sections are tables of the recipe."""
+
+    run: RunSection = RunSection()
+    """Where the run lives and what makes it repeatable."""
+
+    model: ModelSection = ModelSection()
+    """The shape of the model."""
+
+    data: DataSection = DataSection()
+    """What text is trained on."""
+
+    train: TrainSection = TrainSection()
+    """How long, how large a step, in which precision."""
+
+    optimizer: OptimizerSection = OptimizerSection()
+    """How parameters are updated."""
+
+    parallel: ParallelSection = ParallelSection()
+    """How several ranks share one model."""
+
+    checkpoint: CheckpointSection = CheckpointSection()
+    """When state is saved and which checkpoints stay."""
+
+    observe: ObserveSection = ObserveSection()
+    """What a person sees."""

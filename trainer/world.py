@@ -1,0 +1,84 @@
+"""The ranks of a run as a value: who I am, how many we are, on which device, and how we agree.
+
+A `World` is passed to whatever needs it; nothing reads ranks from globals. `process_group` opens the world
+that the environment describes (torchrun sets RANK, WORLD_SIZE and LOCAL_RANK) and closes it again.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# Long enough for rank 0 to tokenise a corpus while the others wait for it.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one run, seen from one of them."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints, reports and decides."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: object) -> object:
+        """Return rank 0's `value` (anything that pickles; the peers are this run's own ranks)."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: object) -> list[object]:
+        """Return every rank's `value`, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `values` over all ranks (same shape and dtype on each)."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+
+@contextmanager
+def process_group() -> Iterator[World]:
+    """Open the world that the environment describes: one process, or the ranks torchrun started.
+
+    Yields:
+        This process's `World`. With several ranks the default process group (gloo on CPUs, NCCL with gloo
+        for host tensors on GPUs) exists inside the context and is destroyed after it.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(device=device)
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()
