@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+Value = TypeVar("Value")
 
 # Long enough for rank 0 to tokenise a corpus while the others wait for it.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -35,7 +38,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def broadcast(self, value: object) -> object:
+    def broadcast(self, value: Value) -> Value:
         """Return rank 0's `value` (anything that pickles; the peers are this run's own ranks)."""
         if self.size == 1:
             return value
@@ -43,11 +46,11 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: Value) -> list[Value]:
         """Return every rank's `value`, in rank order, on every rank."""
         if self.size == 1:
             return [value]
-        values: list[object] = [None] * self.size
+        values = [value] * self.size
         dist.all_gather_object(values, value)
         return values
 

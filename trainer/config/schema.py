@@ -24,8 +24,11 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where the run lives and what makes it repeatable."""
 
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Names the run folder where `run.dir` does not; a recipe's own name unless it says otherwise."""
+
     dir: str = ""
-    """Run folder; empty means `runs/<recipe>-<number>`. An existing run folder is resumed."""
+    """Run folder; empty means `runs/<name>-<number>`. An existing run folder is resumed."""
 
     seed: NonNegativeInt = 0
     """Seed of the initial weights, the data order and the samples."""

@@ -1,0 +1,157 @@
+"""Named places in the program where a test can make it fail.
+
+`failpoint("persist.half")` does nothing unless the environment variable INTERLACE_FAILPOINT names
+that place: `NAME[@VISIT][:ACTION]`, for example `persist.half@3:kill`. VISIT counts the visits of
+the point in this process from 1 (default 1); the action happens once, at that visit. ACTION is one
+of
+
+    kill      SIGKILL to this process (the default)
+    sigterm   SIGTERM to this process
+    sigint    SIGINT to this process
+    raise     raise FailpointHit
+    enospc    raise OSError: no space left on device
+    eio       raise OSError: input/output error
+
+INTERLACE_FAILPOINT_RANK limits it to the process whose RANK (0 if unset) is that number. There is
+no other way to arm a point, so a normal run cannot trip over one.
+"""
+
+import errno
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from interlace.trainer.errors import UserError
+
+VARIABLE = "INTERLACE_FAILPOINT"
+RANK_VARIABLE = "INTERLACE_FAILPOINT_RANK"
+
+FAILPOINTS = frozenset(
+    {
+        "load.mid",
+        "manifest.half",
+        "manifest.open",
+        "manifest.post_rename",
+        "manifest.pre",
+        "manifest.pre_fsync",
+        "persist.half",
+        "persist.open",
+        "persist.post_rename",
+        "persist.pre_fsync",
+        "publish.post_rename",
+        "publish.pre_rename",
+        "retain.mid",
+        "step.backward",
+        "step.forward",
+        "step.update",
+    }
+)
+
+
+class FailpointHit(RuntimeError):
+    """Raised by the action `raise`."""
+
+
+@dataclass(frozen=True)
+class _Armed:
+    """What the variable asks for."""
+
+    name: str
+    visit: int
+    action: str
+
+
+# Counts only the visits of the armed point, so an unarmed program keeps nothing.
+_visits: Counter[str] = Counter()
+
+
+def failpoint(name: str) -> None:
+    """Fail here if the environment says so; otherwise cost one look-up.
+
+    Args:
+        name: A member of `FAILPOINTS`.
+
+    Raises:
+        UserError: The variable holds something that is not a failpoint setting.
+        FailpointHit: The armed action is `raise`.
+        OSError: The armed action is `enospc` or `eio`.
+    """
+    assert name in FAILPOINTS, f"failpoint {name!r} is not registered"
+    setting = os.environ.get(VARIABLE)
+    if setting is not None:
+        _visit(name, setting)
+
+
+def forget_visits() -> None:
+    """Count from 1 again, for tests that arm several points in one process."""
+    _visits.clear()
+
+
+def _visit(name: str, setting: str) -> None:
+    armed = _parse(setting)
+    rank = os.environ.get(RANK_VARIABLE)
+    if armed.name != name or (rank is not None and _parse_rank(rank) != _own_rank()):
+        return
+    _visits[name] += 1
+    if _visits[name] == armed.visit:
+        _ACTIONS[armed.action](name)
+
+
+@lru_cache(maxsize=8)
+def _parse(setting: str) -> _Armed:
+    match = re.fullmatch(r"([a-z_.]+)(?:@([1-9][0-9]{0,8}))?(?::([a-z]+))?", setting)
+    if match is not None:
+        name, visit, action = match[1], int(match[2] or 1), match[3] or "kill"
+        if name in FAILPOINTS and action in _ACTIONS:
+            return _Armed(name, visit, action)
+    raise UserError(
+        f"{VARIABLE}={setting!r} is not a failpoint, so nothing would fail where you expect it. "
+        f"Write NAME[@VISIT][:ACTION], or unset it. Names: {', '.join(sorted(FAILPOINTS))}. "
+        f"Actions: {', '.join(_ACTIONS)}."
+    )
+
+
+def _parse_rank(text: str) -> int:
+    if re.fullmatch(r"[0-9]{1,9}", text) is None:
+        raise UserError(
+            f"{RANK_VARIABLE}={text!r} is not a rank, so no process would fail. "
+            "Write a number from 0, or unset it for any rank."
+        )
+    return int(text)
+
+
+def _own_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _sender(signal_number: signal.Signals) -> Callable[[str], None]:
+    def send(name: str) -> None:
+        del name
+        os.kill(os.getpid(), signal_number)
+
+    return send
+
+
+def _raiser(error_number: int) -> Callable[[str], None]:
+    def fail(name: str) -> None:
+        raise OSError(error_number, f"{os.strerror(error_number)} (failpoint {name})")
+
+    return fail
+
+
+def _raise_hit(name: str) -> None:
+    raise FailpointHit(name)
+
+
+_ACTIONS: dict[str, Callable[[str], None]] = {
+    "kill": _sender(signal.SIGKILL),
+    "raise": _raise_hit,
+    "enospc": _raiser(errno.ENOSPC),
+    "eio": _raiser(errno.EIO),
+    "sigterm": _sender(signal.SIGTERM),
+    "sigint": _sender(signal.SIGINT),
+}

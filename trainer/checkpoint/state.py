@@ -1,0 +1,320 @@
+"""What a checkpoint of a training run holds, and how all ranks save and load it together.
+
+Tensors: fp32 weights and optimizer moments under canonical names (`model.<parameter>`,
+`optimizer.<parameter>.<moment>`). Scalars, as JSON in the manifest: step, tokens, skipped steps, the RNG
+state of every rank, the digest of the corpus and the configuration. The learning rate schedule and the data
+order are pure functions of the step and need nothing more.
+"""
+
+import base64
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from interlace.trainer.checkpoint.commit import CheckpointStore, FileRecord, Manifest
+from interlace.trainer.checkpoint.failpoints import failpoint
+from interlace.trainer.checkpoint.tensors import (
+    TensorIndex,
+    TensorReader,
+    local_part,
+    merge_indexes,
+    parse_index,
+    write_tensors,
+)
+from interlace.trainer.errors import CheckpointError, SaveError
+from interlace.trainer.world import World
+
+
+class Progress(BaseModel):
+    """The scalars of a run after some step; all of them are stored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int = 0
+    """Finished optimizer steps, skipped ones included."""
+
+    tokens: int = 0
+    """Tokens consumed."""
+
+    skipped_steps: int = 0
+    """Steps whose update was left out because loss or gradient was not finite."""
+
+    skipped_in_a_row: int = 0
+    """Such steps since the last good one."""
+
+
+class RandomState(BaseModel):
+    """The state of one rank's random generators."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    torch_cpu: str
+    torch_device: str | None
+    python: tuple[int, tuple[int, ...], float | None]
+    numpy_words: tuple[int, ...]
+    numpy_position: int
+
+    @classmethod
+    def capture(cls, device: torch.device) -> "RandomState":
+        """Read the generators of this process."""
+        words = numpy.random.get_state(legacy=True)  # noqa: NPY002 - the global generator is the state
+        assert isinstance(words, tuple)
+        on_gpu = device.type == "cuda"
+        return cls(
+            torch_cpu=encode(torch.get_rng_state()),
+            torch_device=encode(torch.cuda.get_rng_state(device)) if on_gpu else None,
+            python=random.getstate(),
+            numpy_words=tuple(int(word) for word in words[1]),
+            numpy_position=int(words[2]),
+        )
+
+    def restore(self, device: torch.device) -> None:
+        """Set the generators of this process."""
+        torch.set_rng_state(decode(self.torch_cpu))
+        if self.torch_device is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(decode(self.torch_device), device)
+        random.setstate(self.python)
+        words = numpy.array(self.numpy_words, dtype=numpy.uint32)
+        numpy.random.set_state(("MT19937", words, self.numpy_position))
+
+
+class SavedScalars(BaseModel):
+    """The JSON part of a checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    progress: Progress
+    config: dict[str, object]
+    corpus_digest: str
+    vocabulary_size: int
+    random_states: tuple[RandomState, ...]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The live objects that a checkpoint saves and restores."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    world: World
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return every tensor of the state by canonical name; parts of it are this rank's shards."""
+        named: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            named[f"model.{name}"] = parameter
+            for key, value in self.optimizer.state[parameter].items():
+                named[f"optimizer.{name}.{key}"] = value
+        return named
+
+    def materialise_optimizer(self) -> None:
+        """Create the optimizer's state, all zero, so that a checkpoint can be read into it."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def encode(state: torch.Tensor) -> str:
+    """Return a byte tensor as base64 text."""
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def decode(text: str) -> torch.Tensor:
+    """Return base64 text as a byte tensor."""
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def save(
+    store: CheckpointStore,
+    attempt: int,
+    state: TrainingState,
+    scalars: Mapping[str, object],
+    progress: Progress,
+) -> Path | None:
+    """Commit a checkpoint of this step; every rank takes part and every rank learns the outcome.
+
+    Args:
+        store: The run's checkpoints.
+        attempt: The fencing token of this start of the run.
+        state: Live model and optimizer.
+        scalars: `config`, `corpus_digest` and `vocabulary_size` of `SavedScalars`.
+        progress: The run's counters.
+
+    Returns:
+        The committed folder on rank 0, None on the others.
+
+    Raises:
+        SaveError: Some rank could not write (disk full, for one), or a newer attempt has taken over; the
+            unfinished folder is removed and older checkpoints are as they were.
+    """
+    world, step = state.world, progress.step
+    needed = sum(bytes_of(tensor) for tensor in state.tensors().values())
+    failure = attempt_on_main(world, lambda: store.reserve(step, attempt, needed))
+    if failure is None:
+        failure = write_and_publish(store, attempt, state, scalars, progress)
+    if failure is not None:
+        if world.is_main:
+            store.abandon(step, attempt)
+        world.barrier()
+        raise SaveError(failure)
+    return store.committed_path(step) if world.is_main else None
+
+
+def write_and_publish(
+    store: CheckpointStore,
+    attempt: int,
+    state: TrainingState,
+    scalars: Mapping[str, object],
+    progress: Progress,
+) -> str | None:
+    """Write this rank's file, gather all ranks' records, publish on rank 0; return a failure or None."""
+    world, step = state.world, progress.step
+    folder = store.inflight_path(step, attempt)
+    name = f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
+    written: tuple[FileRecord, TensorIndex] | str
+    try:
+        written = write_tensors(folder / name, state.tensors(), world.rank)
+    except (SaveError, OSError) as error:
+        written = str(error)
+    records = world.gather((written, RandomState.capture(world.device)))
+    files: list[FileRecord] = []
+    indexes: list[TensorIndex] = []
+    random_states: list[RandomState] = []
+    for outcome, random_state in records:
+        if isinstance(outcome, str):
+            return outcome
+        files.append(outcome[0])
+        indexes.append(outcome[1])
+        random_states.append(random_state)
+    saved = SavedScalars.model_validate(
+        {**scalars, "progress": progress, "random_states": tuple(random_states)}
+    )
+
+    def publish() -> None:
+        index = {name: entry.model_dump() for name, entry in merge_indexes(indexes).items()}
+        payload = {"tensors": index, "scalars": saved.model_dump(mode="json")}
+        store.publish(step, attempt, files, payload)
+
+    return attempt_on_main(world, publish)
+
+
+def attempt_on_main(world: World, action: Callable[[], object]) -> str | None:
+    """Run `action` on rank 0 and tell every rank how it failed, or None."""
+    failure: str | None = None
+    if world.is_main:
+        try:
+            action()
+        except (SaveError, CheckpointError, OSError) as error:
+            failure = str(error)
+    return world.broadcast(failure)
+
+
+def bytes_of(tensor: torch.Tensor) -> int:
+    """Return the global size of a tensor in bytes."""
+    return tensor.numel() * tensor.element_size()
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint whose manifest is valid: its step, scalars and a reader of its tensors."""
+
+    step: int
+    scalars: SavedScalars
+    reader: TensorReader
+    manifest: Manifest
+
+
+def open_checkpoint(store: CheckpointStore, step: int) -> OpenCheckpoint:
+    """Read and check the manifest of one committed step; file digests are checked by the caller.
+
+    Raises:
+        CheckpointError: The manifest is broken or does not hold what a training run saves.
+    """
+    manifest = store.read_manifest(step)
+    try:
+        scalars = SavedScalars.model_validate(manifest.payload.get("scalars"))
+    except ValidationError as error:
+        raise CheckpointError(f"checkpoint {step}: its scalars are malformed: {error}") from error
+    index = parse_index(manifest.payload.get("tensors"))
+    files = {record.name: store.committed_path(step) / record.name for record in manifest.files}
+    strangers = {part.file for entry in index.values() for part in entry.slices} - files.keys()
+    if strangers:
+        raise CheckpointError(
+            f"checkpoint {step}: its index names unknown files {sorted(strangers)}"
+        )
+    return OpenCheckpoint(step, scalars, TensorReader(index, files), manifest)
+
+
+def load_newest(store: CheckpointStore, state: TrainingState) -> tuple[SavedScalars, list[str]]:
+    """Restore the newest checkpoint whose files are intact, on every rank, and say which were not.
+
+    Every rank checks the digests of the files it reads before any tensor is touched; if one rank finds a
+    broken file, all ranks turn to the checkpoint before.
+
+    Returns:
+        The scalars of the restored checkpoint and one message per broken newer checkpoint.
+
+    Raises:
+        CheckpointError: There is a checkpoint, but none is intact, or it does not fit the model.
+    """
+    world = state.world
+    broken: list[str] = []
+    for step in reversed(world.broadcast(store.committed_steps())):
+        opened: OpenCheckpoint | None = None
+        problem: str | None = None
+        try:
+            opened = open_checkpoint(store, step)
+            verify_needed(store, opened, state)
+        except CheckpointError as error:
+            problem = str(error)
+        problems = [text for text in world.gather(problem) if text is not None]
+        if problems:
+            broken.append(problems[0])
+            continue
+        assert opened is not None
+        restore(opened, state)
+        return opened.scalars, broken
+    raise CheckpointError("no intact checkpoint to resume from:\n" + "\n".join(broken))
+
+
+def verify_needed(store: CheckpointStore, opened: OpenCheckpoint, state: TrainingState) -> None:
+    """Check the digest of every file that this rank will read."""
+    rank = state.world.rank
+    wanted = {name: local_part(tensor, rank) for name, tensor in state.tensors().items()}
+    for name in sorted(opened.reader.files_for(wanted)):
+        store.verified_path(opened.step, name, opened.manifest)
+
+
+def restore(opened: OpenCheckpoint, state: TrainingState) -> None:
+    """Copy a verified checkpoint into the live state and this rank's generators."""
+    for name, tensor in state.tensors().items():
+        opened.reader.read_into(name, local_part(tensor, state.world.rank))
+        failpoint("load.mid")
+    random_states = opened.scalars.random_states
+    # A rank that did not exist when the checkpoint was saved keeps its fresh generators.
+    if state.world.rank < len(random_states):
+        random_states[state.world.rank].restore(state.world.device)
+
+
+def read_weights(store: CheckpointStore) -> tuple[dict[str, torch.Tensor], SavedScalars]:
+    """Return the model weights of the newest intact checkpoint, whole and on the CPU, and its scalars.
+
+    Raises:
+        CheckpointError: There is no intact checkpoint.
+    """
+    step, _ = store.newest_usable()
+    opened = open_checkpoint(store, step)
+    weights = {
+        name.removeprefix("model."): opened.reader.read_whole(name)
+        for name in opened.reader.index
+        if name.startswith("model.")
+    }
+    return weights, opened.scalars

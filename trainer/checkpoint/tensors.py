@@ -1,0 +1,268 @@
+"""The tensor layer over the commit protocol: shards in safetensors, one canonical index over all of them.
+
+Every rank writes the slices it owns into one file of its own, in parallel. The index names each tensor once,
+by its canonical name, with its global shape and where each slice lies; it knows nothing of ranks, so any
+number of ranks reads what any other number wrote, by intersecting slices. Reading never unpickles.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from interlace.trainer.checkpoint.commit import FileRecord, write_file
+from interlace.trainer.errors import CheckpointError
+
+Extent = tuple[int, ...]
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+
+
+class Slice(BaseModel):
+    """A box of one global tensor and the file that holds it under the tensor's name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    file: str
+    offset: Extent
+    shape: Extent
+
+
+class TensorEntry(BaseModel):
+    """One global tensor: safetensors dtype name, shape, and the slices that cover it exactly once."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    dtype: str
+    shape: Extent
+    slices: tuple[Slice, ...]
+
+
+TensorIndex = dict[str, TensorEntry]
+
+
+@dataclass(frozen=True)
+class LocalPart:
+    """This rank's part of one global tensor, as a view of the live memory.
+
+    Attributes:
+        data: Local elements, shape `shape`; writing to it writes to the tensor.
+        offset: Where the part begins in the global tensor.
+        global_shape: Shape of the whole tensor.
+        owned: Whether this rank writes the part (the first of several replicas does).
+    """
+
+    data: torch.Tensor
+    offset: Extent
+    global_shape: Extent
+    owned: bool
+
+
+def local_part(tensor: torch.Tensor, rank: int) -> LocalPart:
+    """Return this rank's part of a plain tensor (all of it, owned by rank 0) or of a `DTensor`."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        shape = tuple(tensor.shape)
+        return LocalPart(tensor, (0,) * len(shape), shape, owned=rank == 0)
+    mesh, placements = tensor.device_mesh, tensor.placements
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "a rank outside the mesh holds no part of its tensors"
+    first = all(
+        place == 0
+        for place, placement in zip(coordinate, placements, strict=True)
+        if isinstance(placement, Replicate)
+    )
+    local = tensor.to_local()
+    return LocalPart(local, tuple(offset), tuple(tensor.shape), owned=first and local.numel() > 0)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], rank: int
+) -> tuple[FileRecord, TensorIndex]:
+    """Write the parts of `tensors` that this rank owns into one safetensors file, hashed while written.
+
+    Raises:
+        SaveError: The file could not be written.
+    """
+    parts = {name: local_part(tensor, rank) for name, tensor in sorted(tensors.items())}
+    owned = {name: part for name, part in parts.items() if part.owned}
+    index = {
+        name: TensorEntry(
+            dtype=DTYPE_NAMES[part.data.dtype],
+            shape=part.global_shape,
+            slices=(Slice(file=path.name, offset=part.offset, shape=tuple(part.data.shape)),),
+        )
+        for name, part in owned.items()
+    }
+    return write_file(path, safetensors_chunks(owned)), index
+
+
+def safetensors_chunks(parts: Mapping[str, LocalPart]) -> Iterator[bytes | memoryview]:
+    """Yield a safetensors file piece by piece: one tensor at a time is in host memory twice at most.
+
+    The library's own writer wants the whole file in memory before it can be hashed. Layout: eight bytes of
+    header length (little-endian), a JSON header padded to eight bytes, the tensors' bytes in header order.
+    """
+    header: dict[str, object] = {}
+    position = 0
+    for name, part in parts.items():
+        end = position + part.data.numel() * part.data.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[part.data.dtype],
+            "shape": list(part.data.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for part in parts.values():
+        flat = part.data.contiguous().cpu().reshape(-1)
+        if flat.numel():
+            yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def merge_indexes(indexes: Sequence[TensorIndex]) -> TensorIndex:
+    """Join the indexes of all ranks and check that every element of every tensor is held exactly once."""
+    merged: TensorIndex = {}
+    for index in indexes:
+        for name, entry in index.items():
+            known = merged.get(name)
+            slices = entry.slices if known is None else known.slices + entry.slices
+            merged[name] = entry.model_copy(update={"slices": slices})
+    for name, entry in merged.items():
+        check_coverage(name, entry)
+    return dict(sorted(merged.items()))
+
+
+def check_coverage(name: str, entry: TensorEntry) -> None:
+    """Raise `CheckpointError` unless the slices of a tensor cover it exactly once."""
+    held = sum(prod(part.shape) for part in entry.slices)
+    inside = all(
+        len(part.offset) == len(part.shape) == len(entry.shape)
+        and all(
+            0 <= start and start + size <= whole
+            for start, size, whole in zip(part.offset, part.shape, entry.shape, strict=True)
+        )
+        for part in entry.slices
+    )
+    slices = entry.slices
+    apart = all(
+        intersection(one.offset, one.shape, other.offset, other.shape) is None
+        for number, one in enumerate(slices)
+        for other in slices[:number]
+    )
+    if not (inside and apart and held == prod(entry.shape)):
+        raise CheckpointError(
+            f"tensor {name}: its slices hold {held:,} of {prod(entry.shape):,} elements, or overlap; "
+            "the checkpoint cannot be trusted"
+        )
+
+
+def intersection(
+    offset: Extent, shape: Extent, other_offset: Extent, other_shape: Extent
+) -> tuple[Extent, Extent] | None:
+    """Return offset and shape of the box that two boxes share, or None where they share nothing."""
+    start = tuple(max(pair) for pair in zip(offset, other_offset, strict=True))
+    stop = tuple(
+        min(a + n, b + m)
+        for a, n, b, m in zip(offset, shape, other_offset, other_shape, strict=True)
+    )
+    size = tuple(high - low for low, high in zip(start, stop, strict=True))
+    return (start, size) if all(length > 0 for length in size) else None
+
+
+def parse_index(document: object) -> TensorIndex:
+    """Read an index from manifest JSON; `CheckpointError` if it does not have the right form."""
+    try:
+        if not isinstance(document, dict):
+            raise CheckpointError("the tensor index of the manifest is not a table")
+        index = {str(name): TensorEntry.model_validate(entry) for name, entry in document.items()}
+    except ValidationError as error:
+        raise CheckpointError(f"the tensor index of the manifest is malformed: {error}") from error
+    for name, entry in index.items():
+        check_coverage(name, entry)
+    return index
+
+
+class TensorReader:
+    """Reads any box of any tensor of one checkpoint.
+
+    Args:
+        index: Where every tensor lies.
+        files: Path of every file the index names; digests must have been checked before.
+    """
+
+    def __init__(self, index: TensorIndex, files: Mapping[str, Path]) -> None:
+        self.index = index
+        self.files = files
+
+    def files_for(self, wanted: Mapping[str, LocalPart]) -> set[str]:
+        """Return the names of the files that hold some element of the wanted parts."""
+        return {
+            held.file
+            for name, part in wanted.items()
+            for held in self.entry(name, part.global_shape, part.data.dtype).slices
+            if intersection(held.offset, held.shape, part.offset, tuple(part.data.shape))
+        }
+
+    def entry(self, name: str, shape: Extent, dtype: torch.dtype) -> TensorEntry:
+        """Return a tensor's entry after checking that it is what the caller expects."""
+        entry = self.index.get(name)
+        if entry is None:
+            raise CheckpointError(f"tensor {name}: missing from the checkpoint")
+        if entry.shape != shape or entry.dtype != DTYPE_NAMES[dtype]:
+            raise CheckpointError(
+                f"tensor {name}: the checkpoint holds {entry.dtype} {list(entry.shape)}, the model needs "
+                f"{DTYPE_NAMES[dtype]} {list(shape)}; resume with the configuration it was saved under"
+            )
+        return entry
+
+    def read_into(self, name: str, part: LocalPart) -> None:
+        """Fill one local part, in place, from every slice that intersects it."""
+        shape = tuple(part.data.shape)
+        for held in self.entry(name, part.global_shape, part.data.dtype).slices:
+            shared = intersection(held.offset, held.shape, part.offset, shape)
+            if shared is None:
+                continue
+            source = self.read_box(held, name, shared)
+            part.data[box(shared, part.offset)].copy_(source)
+
+    def read_box(self, held: Slice, name: str, shared: tuple[Extent, Extent]) -> torch.Tensor:
+        """Return one box of a stored slice; only its bytes are read."""
+        with safe_open(self.files[held.file], framework="pt") as file:
+            if not shared[0]:
+                return file.get_tensor(name)
+            return file.get_slice(name)[box(shared, held.offset)]
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        """Return one whole tensor on the CPU."""
+        entry = self.index[name]
+        dtype = next(kind for kind, label in DTYPE_NAMES.items() if label == entry.dtype)
+        whole = torch.empty(entry.shape, dtype=dtype)
+        self.read_into(name, LocalPart(whole, (0,) * whole.ndim, entry.shape, owned=False))
+        return whole
+
+
+def box(shared: tuple[Extent, Extent], origin: Extent) -> tuple[slice, ...]:
+    """Return the index of a shared box inside an array that begins at `origin`."""
+    offset, shape = shared
+    return tuple(
+        slice(start - first, start - first + size)
+        for start, first, size in zip(offset, origin, shape, strict=True)
+    )

@@ -1,0 +1,180 @@
+"""What the schema alone cannot see: small named checks over settings that depend on each other.
+
+Every check returns None or one message with key, value, reason and remedy; a user sees all of them at once,
+together with what the schema refused.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import cast
+
+from pydantic import ValidationError
+
+from interlace.trainer.config.problems import describe
+from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.errors import ConfigError
+
+
+def validate(tables: Mapping[str, object]) -> RunConfig:
+    """Check section tables against the schema and all named checks.
+
+    Raises:
+        ConfigError: Every problem at once.
+    """
+    try:
+        config = RunConfig.model_validate(tables)
+    except ValidationError as error:
+        refused = describe(error)
+        problems = [text for _, text in refused]
+        # The other settings are checked as if the refused ones had been left out.
+        keys = [key for key, _ in refused]
+        rest = failed_checks(RunConfig.model_validate(without(tables, keys)))
+        problems += [text for text in rest if not any(key in text for key in keys)]
+        raise ConfigError(problems) from None
+    problems = failed_checks(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def without(tables: Mapping[str, object], keys: list[str]) -> dict[str, object]:
+    """Return `tables` less the refused settings."""
+    kept: dict[str, object] = {}
+    for section, values in tables.items():
+        if section in keys or not isinstance(values, dict):
+            continue
+        kept[section] = {
+            key: value
+            for key, value in cast(dict[str, object], values).items()
+            if not any(refused == f"{section}.{key}" or refused.startswith(f"{section}.{key}.") for refused in keys)
+        }
+    return kept
+
+
+def failed_checks(config: RunConfig) -> list[str]:
+    """Return the message of every check that fails."""
+    return [text for check in CHECKS if (text := check(config)) is not None]
+
+
+def heads_divide_width(config: RunConfig) -> str | None:
+    """Heads share the width evenly unless the head width is given."""
+    model = config.model
+    spare = model.width % model.heads
+    if model.head_width is not None or not spare:
+        return None
+    nearest = [model.width - spare, model.width - spare + model.heads]
+    choices = " or ".join(f"model.width={width}" for width in nearest if width > 0)
+    return (
+        f"model.width={model.width}: does not split into model.heads={model.heads} heads; "
+        f"type {choices}, or give model.head_width"
+    )
+
+
+def head_width_is_even(config: RunConfig) -> str | None:
+    """Rotary embedding turns pairs of coordinates."""
+    model = config.model
+    if model.head_width is None and model.width % model.heads:
+        return None
+    width = model.head_width or model.width // model.heads
+    if width % 2 == 0:
+        return None
+    return (
+        f"model.head_width={width}: rotary position embedding turns pairs of coordinates, so it must be "
+        f"even; type model.head_width={width + 1}"
+    )
+
+
+def kv_heads_divide_heads(config: RunConfig) -> str | None:
+    """Every key head serves the same number of query heads."""
+    model = config.model
+    if model.kv_heads is None or model.heads % model.kv_heads == 0:
+        return None
+    divisors = [str(n) for n in range(1, model.heads + 1) if model.heads % n == 0]
+    return (
+        f"model.kv_heads={model.kv_heads}: must divide model.heads={model.heads}; "
+        f"type one of model.kv_heads={', '.join(divisors)}"
+    )
+
+
+def pattern_is_known(config: RunConfig) -> str | None:
+    """Every letter of the pattern names a registered block."""
+    from interlace.trainer.models.registry import registered_letters
+
+    known = registered_letters()
+    unknown = [letter for letter in dict.fromkeys(config.model.pattern) if letter not in known]
+    if not unknown:
+        return None
+    return (
+        f"model.pattern={config.model.pattern}: no block is registered as {', '.join(unknown)}; "
+        f"known letters: {', '.join(f'{letter} ({name})' for letter, name in sorted(known.items()))}"
+    )
+
+
+def step_holds_whole_rows(config: RunConfig) -> str | None:
+    """A step is a whole number of rows."""
+    length, tokens = config.data.sequence_length, config.train.tokens_per_step
+    if tokens % length == 0:
+        return None
+    lower = tokens - tokens % length
+    choices = " or ".join(str(n) for n in (lower, lower + length) if n > 0)
+    return (
+        f"train.tokens_per_step={tokens}: is not a multiple of data.sequence_length={length}, "
+        f"so a step would end inside a row; type train.tokens_per_step={choices}"
+    )
+
+
+def validation_holds_a_row(config: RunConfig) -> str | None:
+    """A validation reads at least one row."""
+    length, tokens = config.data.sequence_length, config.train.validation_tokens
+    if tokens >= length:
+        return None
+    return (
+        f"train.validation_tokens={tokens}: is less than one row of data.sequence_length={length}; "
+        f"type train.validation_tokens={length}"
+    )
+
+
+def schedule_fits_steps(config: RunConfig) -> str | None:
+    """Warm-up and decay leave each other room."""
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.schedule == "constant" or optimizer.warmup_steps == 0:
+        decay = 0
+    else:
+        decay = round(optimizer.decay_fraction * steps) if optimizer.schedule == "wsd" else 1
+    if optimizer.warmup_steps + decay <= steps:
+        return None
+    return (
+        f"optimizer.warmup_steps={optimizer.warmup_steps}: with the decay over {decay} steps it is longer than "
+        f"train.steps={steps}; type optimizer.warmup_steps={max(0, steps - decay)}"
+    )
+
+
+def mixture_has_sources(config: RunConfig) -> str | None:
+    """A list of sources is not empty."""
+    if config.data.source == "" or config.data.source == []:
+        return 'data.source="": there is nothing to train on; type data.source=stdlib'
+    return None
+
+
+def tokenizer_exists(config: RunConfig) -> str | None:
+    """A tokenizer that is not built in is a file that exists."""
+    name = config.data.tokenizer
+    if name in {"bytes", "bpe"} or Path(name).expanduser().is_file():
+        return None
+    return (
+        f"data.tokenizer={name}: is neither `bytes` nor `bpe`, and there is no such file; "
+        f"type data.tokenizer=bytes or the path of a tokenizer.json"
+    )
+
+
+CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
+    heads_divide_width,
+    head_width_is_even,
+    kv_heads_divide_heads,
+    pattern_is_known,
+    step_holds_whole_rows,
+    validation_holds_a_row,
+    schedule_fits_steps,
+    mixture_has_sources,
+    tokenizer_exists,
+)
