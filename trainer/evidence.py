@@ -1,0 +1,50 @@
+"""What is kept of a step that went wrong: enough to repeat and study it without the run."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from interlace.trainer.batches import StepBatches
+from interlace.trainer.run_folder import write_json
+from interlace.trainer.world import World
+
+
+def save_evidence(
+    run_dir: Path, step: int, model: nn.Module, batches: StepBatches, world: World
+) -> Path:
+    """Write this rank's micro-batches and the names of tensors that are not finite.
+
+    Returns:
+        The folder `evidence/step-<number>` of the run.
+    """
+    folder = run_dir / "evidence" / f"step-{step + 1:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = {
+        f"pass-{number}.{name}": tensor.cpu()
+        for number, batch in enumerate(batches.of_step(step))
+        for name, tensor in (("tokens", batch.tokens), ("targets", batch.targets))
+    }
+    save_file(tokens, folder / f"rank-{world.rank:05d}.safetensors")
+    named = list(model.named_parameters())
+    write_json(
+        folder / f"rank-{world.rank:05d}.json",
+        {
+            "step": step + 1,
+            "weights_not_finite": [name for name, p in named if not all_finite(p)],
+            "gradients_not_finite": [
+                name for name, p in named if p.grad is not None and not all_finite(p.grad)
+            ],
+            "rows": [list(rows) for rows in batches.rows_of_step(step)],
+        },
+    )
+    return folder
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether this rank's part of a tensor has only finite elements."""
+    local = tensor.detach()
+    local = local.to_local() if isinstance(local, DTensor) else local
+    return bool(torch.isfinite(local).all())

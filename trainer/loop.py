@@ -1,0 +1,60 @@
+"""The training loop: `train(config, world)` is the one entry, whoever starts it.
+
+The command line, torchrun and every other launcher end here. Each line of the loop is a step of the
+algorithm; the machinery behind it is in `interlace.trainer.run`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.run import Run, open_run
+from interlace.trainer.world import World
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+        run_dir: The run folder.
+        step: Finished steps.
+        finished: Whether all steps of the recipe are done; if not, a signal asked to stop.
+        validation_loss: Nats per token of the last validation, where there was one.
+    """
+
+    run_dir: Path
+    step: int
+    finished: bool
+    validation_loss: float | None
+
+
+def train(config: RunConfig, world: World) -> Outcome:
+    """Train a model as a recipe says, from the start or from the newest checkpoint of its run folder.
+
+    Args:
+        config: The recipe, checked.
+        world: The ranks that take part; every one of them calls this.
+
+    Raises:
+        UserError: Whatever a person can mend, before the first step where that is possible.
+    """
+    with open_run(config, world) as run:
+        for step in run.remaining_steps():
+            batch_loss = run.forward_backward(step)
+            gradient_norm = run.gradient_norm()
+            run.update_or_skip(step, batch_loss, gradient_norm)
+            run.validate_if_due()
+            run.observe()
+            run.checkpoint_if_due()
+            if run.stop_requested:
+                break
+        run.conclude()
+        return outcome_of(run)
+
+
+def outcome_of(run: Run) -> Outcome:
+    """Return how a run ended."""
+    progress = run.progress
+    finished = progress.step == run.plan.steps
+    return Outcome(run.folder.path, progress.step, finished, run.last_validation_loss)

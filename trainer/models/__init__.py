@@ -1,0 +1,1 @@
+"""Models: blocks by letter (`registry`), the stack that a pattern spells (`language_model`), its cost."""

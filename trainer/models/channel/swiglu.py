@@ -1,0 +1,50 @@
+"""Channel mixer `F`: the gated feed-forward block SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from interlace.trainer.config.schema import ModelSection
+from interlace.trainer.models.context import BlockContext
+from interlace.trainer.models.layers import Linear
+from interlace.trainer.models.registry import Flops, SavedElements, channel_mixer
+from interlace.trainer.models.shapes import ffn_width
+
+
+@channel_mixer("F", "SwiGLU feed-forward")
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    residual_output = "down"
+
+    def __init__(self, config: ModelSection) -> None:
+        super().__init__()
+        hidden = ffn_width(config)
+        self.gate = Linear(config.width, hidden)
+        self.up = Linear(config.width, hidden)
+        self.down = Linear(hidden, config.width)
+
+    def forward(self, x: torch.Tensor, context: BlockContext) -> torch.Tensor:
+        """Map (B, T, D) to (B, T, D), each position alone."""
+        return self.down(functional.silu(self.gate(x)) * self.up(x))
+
+    def new_cache(self, batch: int, length: int, like: torch.Tensor) -> None:
+        """Nothing is remembered between positions."""
+        return
+
+    @classmethod
+    def parameter_count(cls, config: ModelSection) -> int:
+        """Weights of the three projections."""
+        return 3 * config.width * ffn_width(config)
+
+    @classmethod
+    def flops_per_token(cls, config: ModelSection, sequence_length: int) -> Flops:
+        """Three products forward, six backward."""
+        forward = 2 * cls.parameter_count(config)
+        return Flops(forward, 2 * forward)
+
+    @classmethod
+    def saved_elements(cls, config: ModelSection) -> SavedElements:
+        """Results of gate and up; silu and the product."""
+        hidden = ffn_width(config)
+        return SavedElements(expensive=2 * hidden, cheap=2 * hidden)

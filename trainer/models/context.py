@@ -1,0 +1,50 @@
+"""What every block of a forward pass shares, and what decoding remembers between passes."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class LayerCache(Protocol):
+    """Decoding state of one mixer; `length` positions are in it."""
+
+    length: int
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the positions seen so far.
+
+    Attributes:
+        keys: (B, G, L, K), L the room.
+        values: (B, G, L, K).
+        length: Positions that are filled.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    length: int = 0
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the keys and values (B, G, T, K) of new positions; return those of all positions."""
+        end = self.length + k.shape[2]
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """Computed once per forward pass and read by all blocks.
+
+    Attributes:
+        rotary: Cosine and sine tables, each (B or 1, 1, T, K).
+        segments: Document number of each position, (B, T), or None if there are no boundaries.
+        cache: Decoding state of the block that is called, or None outside decoding.
+    """
+
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    segments: torch.Tensor | None
+    cache: LayerCache | None = None

@@ -1,0 +1,296 @@
+"""The machinery behind the loop: one object holds everything a run owns, each method one step's part.
+
+`open_run` builds it in the order in which things can go wrong cheaply: folder, corpus, plan, model,
+checkpoint, and only then the first step. Everything that changes while training is in `Progress` and in
+the tensors of `TrainingState`; both are saved and restored as a whole.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from interlace.offload.hardware import HardwareProfile, resident_bytes
+from interlace.trainer.batches import Batch, StepBatches
+from interlace.trainer.checkpoint.failpoints import failpoint
+from interlace.trainer.checkpoint.state import Progress, TrainingState, save
+from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.errors import NumericsError, SaveError
+from interlace.trainer.evidence import save_evidence
+from interlace.trainer.models.language_model import LanguageModel
+from interlace.trainer.observe.console import Console
+from interlace.trainer.observe.metrics import MetricsWriter, StepRecord
+from interlace.trainer.optimizer import gradient_norm, scale_gradients, set_learning_rate
+from interlace.trainer.plan import Plan
+from interlace.trainer.run_folder import RunFolder
+from interlace.trainer.schedules import learning_rate
+from interlace.trainer.signals import StopRequest
+from interlace.trainer.validation import Validation, validate
+from interlace.trainer.world import World
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of; built once by `interlace.trainer.assembly`."""
+
+    config: RunConfig
+    world: World
+    folder: RunFolder
+    plan: Plan
+    hardware: HardwareProfile
+    attempt: int
+    corpus_digest: str
+    batches: StepBatches
+    model: LanguageModel
+    state: TrainingState
+
+
+@dataclass
+class StepNotes:
+    """What one step leaves for the log line."""
+
+    loss: float = 0.0
+    gradient_norm: float = 0.0
+    rate: float = 0.0
+    update_seconds: float = 0.0
+    skipped: bool = False
+    validation: Validation | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Run:
+    """A run in progress, as the loop sees it."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        progress: Progress,
+        console: Console,
+        metrics: MetricsWriter | None,
+        stop: StopRequest,
+    ) -> None:
+        self.parts = parts
+        self.progress = progress
+        self.console = console
+        self.metrics = metrics
+        self.stop = stop
+        self.stop_requested = False
+        self.saved_step = progress.step
+        self.last_validation_loss: float | None = None
+        self.notes = StepNotes()
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run folder."""
+        return self.parts.folder
+
+    @property
+    def plan(self) -> Plan:
+        """What was resolved before the first step."""
+        return self.parts.plan
+
+    def remaining_steps(self) -> Iterator[int]:
+        """Yield the numbers, from 0, of the steps that are still to do."""
+        for step in range(self.progress.step, self.plan.steps):
+            self.notes = StepNotes()
+            yield step
+
+    def forward_backward(self, step: int) -> float:
+        """Accumulate the gradient of one step; return its mean loss over all ranks (nats per token).
+
+        The same exchange tells every rank whether any of them was asked to stop.
+        """
+        plan, world = self.plan, self.parts.world
+        total = torch.zeros(2, dtype=torch.float64)
+        for batch in self.parts.batches.of_step(step):
+            total[0] += self.backward_of(batch) / plan.accumulation
+        total[1] = float(self.stop.received)
+        total = world.sum(total)
+        self.stop_requested = bool(total[1] > 0)
+        return float(total[0]) / world.size
+
+    def backward_of(self, batch: Batch) -> float:
+        """Run one micro-batch forward and backward; return its mean loss."""
+        failpoint("step.forward")
+        loss = self.parts.model(
+            batch.tokens,
+            batch.targets,
+            segments=batch.segments,
+            positions=batch.positions,
+            z_loss=self.parts.config.train.z_loss,
+        )
+        failpoint("step.backward")
+        (loss.objective / self.plan.accumulation).backward()
+        return float(loss.mean_nll.detach())
+
+    def gradient_norm(self) -> float:
+        """Return the global gradient norm over all ranks."""
+        return float(gradient_norm(self.parts.model))
+
+    def update_or_skip(self, step: int, batch_loss: float, norm: float) -> None:
+        """Clip and update; leave a step out whose loss or gradient is not finite, on all ranks alike.
+
+        Raises:
+            NumericsError: Too many such steps in a row; the evidence is in the run folder.
+        """
+        failpoint("step.update")
+        parts, settings = self.parts, self.parts.config.optimizer
+        rate = learning_rate(step, self.plan.steps, settings)
+        bad = not (is_finite(batch_loss) and is_finite(norm))
+        start = time.perf_counter()
+        if not bad:
+            scale_gradients(parts.model, norm, settings.clip)
+            set_learning_rate(parts.state.optimizer, rate)
+            parts.state.optimizer.step()
+        self.notes.update_seconds = time.perf_counter() - start
+        self.notes.loss, self.notes.gradient_norm = batch_loss, norm
+        self.notes.rate, self.notes.skipped = rate, bad
+        self.progress = advance(self.progress, self.plan.tokens_per_step, bad)
+        if bad:
+            self.report_bad_step(step, batch_loss, norm)
+        parts.model.zero_grad(set_to_none=True)
+
+    def report_bad_step(self, step: int, loss: float, norm: float) -> None:
+        """Tell of a skipped step; stop the run when there were too many."""
+        limit = self.parts.config.train.max_bad_steps
+        count = self.progress.skipped_in_a_row
+        self.console.note(
+            f"step {step + 1}: loss {loss} or gradient norm {norm} is not finite; update skipped "
+            f"({count} in a row, {limit} stop the run)"
+        )
+        if count < limit:
+            return
+        folder = save_evidence(
+            self.folder.path, step, self.parts.model, self.parts.batches, self.parts.world
+        )
+        raise NumericsError(
+            f"{count} steps in a row had a loss or gradient that is not finite (train.max_bad_steps={limit}); "
+            f"last loss {loss}, gradient norm {norm}. The evidence is in {folder}; the newest checkpoint is "
+            f"untouched. Lower optimizer.peak_lr={self.parts.config.optimizer.peak_lr} or turn on "
+            "optimizer.clip, and resume."
+        )
+
+    def validate_if_due(self) -> None:
+        """Measure the held-out loss every so many steps and after the last."""
+        every, step = self.parts.config.train.validate_every_steps, self.progress.step
+        if step != self.plan.steps and not (every and step % every == 0):
+            return
+        self.notes.validation = validate(self.parts.model, self.parts.batches, self.parts.world)
+        self.last_validation_loss = self.notes.validation.loss
+
+    def observe(self) -> None:
+        """Write the step's record; print it when a line is due."""
+        if self.metrics is None:
+            return
+        record = self.record()
+        self.metrics.write(record)
+        self.console.step(record)
+
+    def record(self) -> StepRecord:
+        """Return what is known of the finished step."""
+        notes, plan, hardware = self.notes, self.plan, self.parts.hardware
+        validation = notes.validation
+        seconds = time.perf_counter() - notes.started
+        spent_training = seconds - (validation.seconds if validation else 0.0)
+        speed = plan.tokens_per_step / spent_training
+        peak = hardware.matmul_flops * plan.world_size
+        on_gpu = self.parts.world.device.type == "cuda"
+        return StepRecord(
+            step=self.progress.step,
+            tokens=self.progress.tokens,
+            loss=notes.loss,
+            lr=notes.rate,
+            grad_norm=notes.gradient_norm,
+            tokens_per_second=speed,
+            mfu=speed * plan.flops_per_token / peak,
+            device_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
+            host_memory_bytes=resident_bytes(),
+            step_seconds=spent_training,
+            # On a GPU the update runs on while the host goes ahead: its time is not known here.
+            update_seconds=None if on_gpu else notes.update_seconds,
+            val_loss=validation.loss if validation else None,
+            val_bits_per_byte=validation.bits_per_byte if validation else None,
+            val_perplexity=validation.perplexity if validation else None,
+            skipped=True if notes.skipped else None,
+        )
+
+    def checkpoint_if_due(self) -> None:
+        """Commit a checkpoint every so many steps; a save that fails does not stop the training."""
+        every, step = self.parts.config.checkpoint.every_steps, self.progress.step
+        if every and step % every == 0 and step < self.plan.steps and not self.stop_requested:
+            self.save_checkpoint()
+
+    def save_checkpoint(self) -> str | None:
+        """Commit the state after the last finished step and let old checkpoints go.
+
+        Returns:
+            None, or why the checkpoint could not be written.
+        """
+        parts, keep = self.parts, self.parts.config.checkpoint
+        scalars = {
+            "config": parts.config.model_dump(mode="json"),
+            "corpus_digest": parts.corpus_digest,
+            "vocabulary_size": self.plan.vocabulary_size,
+        }
+        try:
+            save(self.folder.store, parts.attempt, parts.state, scalars, self.progress)
+        except SaveError as error:
+            self.console.note(f"checkpoint at step {self.progress.step} failed: {error}")
+            return str(error)
+        self.saved_step = self.progress.step
+        if parts.world.is_main:
+            self.folder.store.retain(keep.keep_last, keep.keep_every_steps)
+        return None
+
+    def conclude(self) -> None:
+        """Commit what is not committed yet, after the last step or on a stop signal.
+
+        Raises:
+            SaveError: The last state could not be saved; the newest checkpoint is older.
+        """
+        if self.saved_step == self.progress.step and self.folder.store.committed_steps():
+            return
+        failure = self.save_checkpoint()
+        if failure is not None:
+            raise SaveError(
+                f"the state after step {self.progress.step} is not saved: {failure}; "
+                f"the newest checkpoint is of step {self.saved_step}"
+            )
+
+
+def advance(progress: Progress, tokens: int, bad: bool) -> Progress:
+    """Return the counters after one more step."""
+    return Progress(
+        step=progress.step + 1,
+        tokens=progress.tokens + tokens,
+        skipped_steps=progress.skipped_steps + bad,
+        skipped_in_a_row=progress.skipped_in_a_row + 1 if bad else 0,
+    )
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is neither infinite nor NaN."""
+    return value - value == 0.0
+
+
+@contextmanager
+def open_run(config: RunConfig, world: World) -> Iterator[Run]:
+    """Build a run, yield it, and close what it opened, also when a step fails."""
+    from interlace.trainer.assembly import assemble, finish_report
+
+    parts, progress, notes = assemble(config, world)
+    with ExitStack() as stack:
+        console = stack.enter_context(
+            Console(parts.plan.steps, config.observe.log_every_steps, world.is_main)
+        )
+        for note in notes:
+            console.note(note)
+        metrics = None
+        if world.is_main:
+            metrics = stack.enter_context(MetricsWriter(parts.folder.path, progress.step))
+        stop = stack.enter_context(StopRequest(announce=world.is_main))
+        run = Run(parts, progress, console, metrics, stop)
+        yield run
+    finish_report(run)

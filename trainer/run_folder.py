@@ -1,0 +1,154 @@
+"""The run folder: a run that explains itself and can be continued.
+
+`open_run_folder` decides where a run lives and whether it continues, and refuses to continue with a model or
+a data order other than the one the checkpoints were made with. The folder holds `config.toml` (valid as a
+recipe), `plan.json`, `environment.json`, `tokenizer.json`, metrics, pictures, samples and `checkpoints/`.
+"""
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import tomli_w
+
+from interlace.trainer.checkpoint.commit import CheckpointStore
+from interlace.trainer.config.checks import validate
+from interlace.trainer.config.problems import show
+from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.errors import CheckpointError, ConfigError
+
+FIXED_SECTIONS = ("model", "data")
+FIXED_SETTINGS = ("run.seed", "train.tokens_per_step")
+FREE_SETTINGS = ("data.workers", "data.prepared_dir")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run lives.
+
+    Attributes:
+        path: The folder, absolute.
+        resumes: Whether it holds a committed checkpoint to continue from.
+        notes: What a person should know about the continuation.
+    """
+
+    path: Path
+    resumes: bool
+    notes: tuple[str, ...]
+
+    @property
+    def store(self) -> CheckpointStore:
+        """The run's checkpoints."""
+        return CheckpointStore(self.path / "checkpoints")
+
+
+def open_run_folder(config: RunConfig) -> RunFolder:
+    """Choose the run folder and create it; called by rank 0 only.
+
+    Raises:
+        ConfigError: The folder belongs to something else, or to a run that this recipe cannot continue.
+    """
+    path = Path(config.run.dir).expanduser() if config.run.dir else next_folder(config.run.name)
+    path = path.absolute()
+    saved = path / "config.toml"
+    if path.is_dir() and any(path.iterdir()) and not saved.is_file():
+        raise ConfigError(
+            [
+                f"run.dir={config.run.dir}: the folder exists, is not empty and holds no run "
+                "(no config.toml); type another run.dir"
+            ]
+        )
+    resumes = bool(CheckpointStore(path / "checkpoints").committed_steps())
+    notes: tuple[str, ...] = ()
+    if resumes:
+        notes = continuation_notes(read_config(path), config, path)
+    path.mkdir(parents=True, exist_ok=True)
+    return RunFolder(path, resumes, notes)
+
+
+def next_folder(name: str) -> Path:
+    """Return the first `runs/<name>-<number>` that nothing uses."""
+    pattern = re.compile(re.escape(name) + r"-([0-9]{4,})")
+    runs = Path("runs")
+    taken = [int(m[1]) for p in runs.glob(f"{name}-*") if (m := pattern.fullmatch(p.name))]
+    return runs / f"{name}-{max(taken, default=0) + 1:04d}"
+
+
+def continuation_notes(saved: RunConfig, asked: RunConfig, path: Path) -> tuple[str, ...]:
+    """Compare the recipe of a run with the one that shall continue it.
+
+    Raises:
+        ConfigError: Model, data or batch differ, so the checkpoints do not fit.
+    """
+    before, after = flatten(saved), flatten(asked)
+    changed = [key for key in after if before.get(key) != after[key]]
+    refused = [
+        f"{key}={show(after[key])}: the run in {path} was started with {show(before.get(key))}, and its "
+        f"checkpoints do not fit another; type {key}={show(before.get(key))} or another run.dir"
+        for key in changed
+        if is_fixed(key)
+    ]
+    if refused:
+        raise ConfigError(refused)
+    return tuple(
+        f"{key} is now {show(after[key])}, was {show(before.get(key))}"
+        for key in changed
+        if not key.startswith("run.") and key not in FREE_SETTINGS
+    )
+
+
+def is_fixed(key: str) -> bool:
+    """Whether a setting belongs to the mathematics that a checkpoint presumes."""
+    if key in FREE_SETTINGS:
+        return False
+    return key in FIXED_SETTINGS or key.split(".")[0] in FIXED_SECTIONS
+
+
+def flatten(config: RunConfig) -> dict[str, object]:
+    """Return every setting as `section.key`."""
+    return {
+        f"{section}.{key}": value
+        for section, values in config.model_dump().items()
+        for key, value in cast(dict[str, object], values).items()
+    }
+
+
+def config_text(config: RunConfig) -> str:
+    """Return a resolved recipe as TOML; unset settings are left out, since TOML has no null."""
+    tables = config.model_dump(exclude_none=True)
+    return tomli_w.dumps(tables, multiline_strings=False)
+
+
+def read_config(run: Path) -> RunConfig:
+    """Return the recipe of a run folder.
+
+    Raises:
+        CheckpointError: The folder is not a run.
+    """
+    path = run / "config.toml"
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{run}: is not a run folder (no config.toml in it); give a folder that `interlace train` made"
+        ) from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    return validate(tables)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, document: Mapping[str, object]) -> None:
+    """Write a JSON file atomically, readable by people."""
+    write_atomically(path, json.dumps(document, indent=2) + "\n")

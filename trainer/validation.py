@@ -1,0 +1,44 @@
+"""Held-out loss: nats per token, bits per byte and perplexity over a fixed set of rows.
+
+Bits per byte make tokenizers comparable: nats per token / ln 2, times tokens per byte of text over the whole
+validation split. The rows are the same at every validation and the training state is not touched.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from interlace.trainer.batches import StepBatches
+from interlace.trainer.models.language_model import LanguageModel
+from interlace.trainer.world import World
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validation: mean loss in nats per token, bits per byte of text, perplexity, seconds taken."""
+
+    loss: float
+    bits_per_byte: float
+    perplexity: float
+    seconds: float
+
+
+@torch.no_grad()
+def validate(model: LanguageModel, batches: StepBatches, world: World) -> Validation:
+    """Measure the model on the validation rows; every rank takes part and gets the same answer."""
+    start = time.perf_counter()
+    totals = torch.zeros(2, dtype=torch.float64)
+    model.eval()
+    for batch, counted in batches.of_validation():
+        loss = model(
+            batch.tokens, batch.targets, segments=batch.segments, positions=batch.positions
+        )
+        totals += counted * torch.tensor([float(loss.mean_nll), 1.0], dtype=torch.float64)
+    model.train()
+    totals = world.sum(totals)
+    mean = float(totals[0] / totals[1])
+    bits = mean / math.log(2) / batches.validation_bytes_per_token
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return Validation(mean, bits, perplexity, time.perf_counter() - start)
