@@ -7,8 +7,9 @@ algorithm; the machinery behind it is in `interlace.trainer.run`.
 from dataclasses import dataclass
 from pathlib import Path
 
+from interlace.trainer.assembly import open_run
 from interlace.trainer.config.schema import RunConfig
-from interlace.trainer.run import Run, open_run
+from interlace.trainer.run import Run
 from interlace.trainer.world import World
 
 

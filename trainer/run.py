@@ -1,13 +1,11 @@
 """The machinery behind the loop: one object holds everything a run owns, each method one step's part.
 
-`open_run` builds it in the order in which things can go wrong cheaply: folder, corpus, plan, model,
-checkpoint, and only then the first step. Everything that changes while training is in `Progress` and in
+`interlace.trainer.assembly` builds it. Everything that changes while training is in `Progress` and in
 the tensors of `TrainingState`; both are saved and restored as a whole.
 """
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -273,24 +271,3 @@ def advance(progress: Progress, tokens: int, bad: bool) -> Progress:
 def is_finite(value: float) -> bool:
     """Whether a number is neither infinite nor NaN."""
     return value - value == 0.0
-
-
-@contextmanager
-def open_run(config: RunConfig, world: World) -> Iterator[Run]:
-    """Build a run, yield it, and close what it opened, also when a step fails."""
-    from interlace.trainer.assembly import assemble, finish_report
-
-    parts, progress, notes = assemble(config, world)
-    with ExitStack() as stack:
-        console = stack.enter_context(
-            Console(parts.plan.steps, config.observe.log_every_steps, world.is_main)
-        )
-        for note in notes:
-            console.note(note)
-        metrics = None
-        if world.is_main:
-            metrics = stack.enter_context(MetricsWriter(parts.folder.path, progress.step))
-        stop = stack.enter_context(StopRequest(announce=world.is_main))
-        run = Run(parts, progress, console, metrics, stop)
-        yield run
-    finish_report(run)

@@ -15,22 +15,24 @@ def learning_rate(step: int, steps: int, optimizer: OptimizerSection) -> float:
 
 
 def factor(step: int, steps: int, optimizer: OptimizerSection) -> float:
-    """Return the share of the peak learning rate at `step`."""
-    if step < optimizer.warmup_steps:
-        return (step + 1) / (optimizer.warmup_steps + 1)
+    """Return the share of the peak learning rate at `step`.
+
+    In a run too short for its warm-up the lower of warm-up and schedule counts.
+    """
+    warmup = min(1.0, (step + 1) / (optimizer.warmup_steps + 1))
     match optimizer.schedule:
         case "constant":
-            return 1.0
+            return warmup
         case "cosine":
-            return cosine(step, steps, optimizer)
+            return min(warmup, cosine(step, steps, optimizer))
         case "wsd":
-            return stable_then_decay(step, steps, optimizer)
+            return min(warmup, stable_then_decay(step, steps, optimizer))
 
 
 def cosine(step: int, steps: int, optimizer: OptimizerSection) -> float:
     """Half a cosine from 1 down to `final_lr_fraction`, reached with the last step's end."""
     span = max(1, steps - optimizer.warmup_steps)
-    progress = min(1.0, (step - optimizer.warmup_steps) / span)
+    progress = min(1.0, max(0, step - optimizer.warmup_steps) / span)
     floor = optimizer.final_lr_fraction
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 

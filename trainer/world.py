@@ -5,14 +5,16 @@ that the environment describes (torchrun sets RANK, WORLD_SIZE and LOCAL_RANK) a
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+from interlace.trainer.errors import UserError
 
 Value = TypeVar("Value")
 
@@ -45,6 +47,21 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, action: Callable[[], Value]) -> Value:
+        """Run `action` on rank 0 and return its result on every rank; a `UserError` reaches all ranks."""
+        if self.size == 1:
+            return action()
+        outcome: tuple[Value | None, UserError | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (action(), None)
+            except UserError as error:
+                outcome = (None, error)
+        result, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise failure
+        return cast(Value, result)
 
     def gather(self, value: Value) -> list[Value]:
         """Return every rank's `value`, in rank order, on every rank."""

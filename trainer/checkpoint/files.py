@@ -180,6 +180,9 @@ def remove_tree(path: Path) -> str | None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        # Another process is deleting the same folder.
+        return None
     except OSError as error:
         return f"could not delete {path}: {error.strerror or error}"
     return None

@@ -78,6 +78,9 @@ def discard(checkpoints: Path, folders: Sequence[Path]) -> list[str]:
     for folder in folders:
         try:
             folder.rename(checkpoints / "trash" / folder.name)
+        except FileNotFoundError:
+            # Its owner removed it just now.
+            continue
         except OSError as error:
             problems.append(f"could not move {folder} to trash: {error.strerror}")
     return problems + empty_trash(checkpoints)

@@ -253,20 +253,26 @@ def open_checkpoint(store: CheckpointStore, step: int) -> OpenCheckpoint:
     return OpenCheckpoint(step, scalars, TensorReader(index, files), manifest)
 
 
-def load_newest(store: CheckpointStore, state: TrainingState) -> tuple[SavedScalars, list[str]]:
+@dataclass(frozen=True)
+class Restored:
+    """What was restored, and the newer steps that were passed over because they are broken."""
+
+    scalars: SavedScalars
+    broken_steps: tuple[int, ...]
+    messages: tuple[str, ...]
+
+
+def load_newest(store: CheckpointStore, state: TrainingState) -> Restored:
     """Restore the newest checkpoint whose files are intact, on every rank, and say which were not.
 
     Every rank checks the digests of the files it reads before any tensor is touched; if one rank finds a
     broken file, all ranks turn to the checkpoint before.
 
-    Returns:
-        The scalars of the restored checkpoint and one message per broken newer checkpoint.
-
     Raises:
         CheckpointError: There is a checkpoint, but none is intact, or it does not fit the model.
     """
     world = state.world
-    broken: list[str] = []
+    broken: dict[int, str] = {}
     for step in reversed(world.broadcast(store.committed_steps())):
         opened: OpenCheckpoint | None = None
         problem: str | None = None
@@ -277,12 +283,12 @@ def load_newest(store: CheckpointStore, state: TrainingState) -> tuple[SavedScal
             problem = str(error)
         problems = [text for text in world.gather(problem) if text is not None]
         if problems:
-            broken.append(problems[0])
+            broken[step] = problems[0]
             continue
         assert opened is not None
         restore(opened, state)
-        return opened.scalars, broken
-    raise CheckpointError("no intact checkpoint to resume from:\n" + "\n".join(broken))
+        return Restored(opened.scalars, tuple(broken), tuple(broken.values()))
+    raise CheckpointError("no intact checkpoint to resume from:\n" + "\n".join(broken.values()))
 
 
 def verify_needed(store: CheckpointStore, opened: OpenCheckpoint, state: TrainingState) -> None:

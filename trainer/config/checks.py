@@ -134,21 +134,6 @@ def validation_holds_a_row(config: RunConfig) -> str | None:
     )
 
 
-def schedule_fits_steps(config: RunConfig) -> str | None:
-    """Warm-up and decay leave each other room."""
-    optimizer, steps = config.optimizer, config.train.steps
-    if optimizer.schedule == "constant" or optimizer.warmup_steps == 0:
-        decay = 0
-    else:
-        decay = round(optimizer.decay_fraction * steps) if optimizer.schedule == "wsd" else 1
-    if optimizer.warmup_steps + decay <= steps:
-        return None
-    return (
-        f"optimizer.warmup_steps={optimizer.warmup_steps}: with the decay over {decay} steps it is longer than "
-        f"train.steps={steps}; type optimizer.warmup_steps={max(0, steps - decay)}"
-    )
-
-
 def mixture_has_sources(config: RunConfig) -> str | None:
     """A list of sources is not empty."""
     if config.data.source == "" or config.data.source == []:
@@ -174,7 +159,6 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     pattern_is_known,
     step_holds_whole_rows,
     validation_holds_a_row,
-    schedule_fits_steps,
     mixture_has_sources,
     tokenizer_exists,
 )

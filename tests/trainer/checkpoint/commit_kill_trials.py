@@ -193,8 +193,11 @@ class Trials:
 
     def overtake(self, longest_seconds: float) -> None:
         """Start a second pair of ranks beside a first that nobody stopped."""
+        before = self.store.live_attempt()
         old = start_ranks(self.store, self.log, (None, None))
         delay = self.choice.uniform(0.0, longest_seconds)
+        while self.store.live_attempt() == before:
+            os.sched_yield()
         time.sleep(delay)
         new = start_ranks(self.store, self.log, ("publish.post_rename@3:kill", None))
         codes = wait_all(new + old)

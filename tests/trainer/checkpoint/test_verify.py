@@ -228,20 +228,31 @@ def test_what_is_not_a_regular_file_is_not_opened(
     assert_broken(store, 15, f"{path}: Not a regular file.")
 
 
-def test_a_link_planted_after_the_check_of_the_size_is_not_followed(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("replace", "problem"),
+    [
+        (replace_by_link, "Too many levels of symbolic links"),
+        (replace_by_pipe, "Not a regular file"),
+    ],
+)
+def test_what_is_planted_after_the_check_of_the_size_is_not_read(
+    replace: Callable[[Path, Path], None],
+    problem: str,
+    store: CheckpointStore,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     path = store.committed_path(15) / NAMES[0]
     manifest = store.read_manifest(15)
     open_file = os.open
 
     def plant_then_open(target: Path, flags: int) -> int:
-        if not path.is_symlink():
-            replace_by_link(path, tmp_path)
+        if path.is_file() and not path.is_symlink():
+            replace(path, tmp_path)
         return open_file(target, flags)
 
     monkeypatch.setattr("os.open", plant_then_open)
-    with pytest.raises(CheckpointError, match="Too many levels of symbolic links"):
+    with pytest.raises(CheckpointError, match=problem):
         store.verified_path(15, NAMES[0], manifest)
 
 

@@ -1,0 +1,144 @@
+"""The command line: `interlace COMMAND ...`. Parsing only; every command is a function of `launch.commands`.
+
+Exit status: 0 success, 2 a mistake the user can mend (one message, no traceback), 1 a failure of ours or a
+run that went wrong, 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from interlace.trainer.errors import NumericsError, UserError
+
+OVERRIDE_HELP = "settings that win over the recipe's, as section.key=value (train.steps=100)"
+RECIPE_HELP = "name of a shipped recipe (`interlace recipes` lists them) or path of a TOML file"
+
+EXAMPLES = """\
+examples:
+  interlace train quickstart                        a first model, a few minutes on a laptop
+  interlace train quickstart train.steps=50         the same, shorter
+  interlace train --resume runs/quickstart-0001     continue after a kill or Ctrl-C
+  interlace sample runs/quickstart-0001 --prompt "def "
+  interlace plan quickstart model.width=512         what would happen, without doing it
+  torchrun --nproc-per-node 2 -m interlace.launch.torchrun quickstart
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="interlace",
+        description="Pretrain sequence models on less GPU memory than their optimizer needs.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    recipes = add(commands, "recipes", "list the shipped recipes")
+    recipes.add_argument("--json", action="store_true", help="print JSON")
+    train = add(commands, "train", "train a model, or continue a run", recipe=True)
+    train.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    plan = add(commands, "plan", "show what a recipe would do, without doing it", recipe=True)
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("--ranks", type=int, default=1, metavar="N", help="plan for N ranks (default 1)")
+    why = add(commands, "why", "tell where a setting's value comes from")
+    why.add_argument("setting", metavar="SECTION.KEY", help="the setting, as in model.width")
+    why.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    why.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDE_HELP)
+    why.add_argument("--json", action="store_true", help="print JSON")
+    add(commands, "prepare", "tokenise a recipe's text once, in parallel", recipe=True)
+    add_sample(commands)
+    verify = add(commands, "verify", "check every digest of a run's checkpoints")
+    verify.add_argument("run", metavar="RUN", help="run folder")
+    verify.add_argument("--json", action="store_true", help="print JSON")
+    export = add(commands, "export", "write a trained model for other programs")
+    export.add_argument("run", metavar="RUN", help="run folder")
+    export.add_argument(
+        "--to",
+        required=True,
+        nargs=2,
+        metavar=("FORMAT", "DIR"),
+        help="`hf` (a folder that transformers loads) and the folder to write",
+    )
+    return parser
+
+
+def add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the `sample` command."""
+    sample = add(commands, "sample", "let a trained model continue a text")
+    sample.add_argument("run", metavar="RUN", help="run folder")
+    sample.add_argument("--prompt", default="", help="text to continue (default: from nothing)")
+    sample.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens (default 200)")
+    sample.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="randomness, 0 is greedy (default 0.8)"
+    )
+    sample.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens (default all)"
+    )
+    sample.add_argument("--seed", type=int, default=0, metavar="S", help="fixes the draws (default 0)")
+
+
+def add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    summary: str,
+    recipe: bool = False,
+) -> argparse.ArgumentParser:
+    """Add one command, with recipe and overrides where it takes them."""
+    command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    if recipe:
+        optional = name == "train"
+        command.add_argument(
+            "recipe", nargs="?" if optional else None, metavar="RECIPE", help=RECIPE_HELP
+        )
+        command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDE_HELP)
+    return command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status."""
+    parser = build_parser()
+    parsed = parse(parser, arguments)
+    from interlace.launch import commands
+
+    action: Callable[[argparse.Namespace], int] = getattr(commands, parsed.command)
+    return guarded(lambda: action(parsed))
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, allowing overrides after options (`train --resume RUN train.steps=50`)."""
+    parsed, rest = parser.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or not hasattr(parsed, "overrides")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
+    return parsed
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Run an action and turn what it raises into a message and an exit status."""
+    main_rank = os.environ.get("RANK", "0") == "0"
+    try:
+        return action()
+    except UserError as error:
+        if main_rank:
+            print(f"interlace: {error}", file=sys.stderr)
+        return 1 if isinstance(error, NumericsError) else 2
+    except KeyboardInterrupt:
+        if main_rank:
+            print("interlace: interrupted; nothing that was committed is lost", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has left (`| head`): nothing is wrong, and nobody is listening.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        traceback.print_exc()
+        print("interlace: this is a defect of interlace; the traceback above tells where", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""What each command does, in terms of the trainer. Heavy imports stay inside the commands that need them."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from interlace.trainer.config import list_recipes, load_recipe
+from interlace.trainer.config.load import Recipe
+from interlace.trainer.config.problems import all_settings, near_miss, show
+from interlace.trainer.errors import ConfigError
+
+
+def recipes(arguments: Namespace) -> int:
+    """List the shipped recipes."""
+    listed = list_recipes()
+    if arguments.json:
+        print(json.dumps(listed, indent=2))
+        return 0
+    width = max(len(name) for name in listed)
+    for name, description in listed.items():
+        print(f"{name:<{width}}  {description}")
+    return 0
+
+
+def train(arguments: Namespace) -> int:
+    """Train, or continue a run."""
+    recipe = recipe_to_train(arguments)
+    from interlace.trainer.loop import train as run_training
+    from interlace.trainer.world import process_group
+
+    with process_group() as world:
+        run_training(recipe.config, world)
+    return 0
+
+
+def recipe_to_train(arguments: Namespace) -> Recipe:
+    """Return the recipe that `train` was given, or the one of the run to resume."""
+    overrides = list(arguments.overrides)
+    if arguments.resume is None:
+        if arguments.recipe is None:
+            known = ", ".join(list_recipes())
+            raise ConfigError([f"train needs a recipe ({known}, or a TOML file) or --resume RUN"])
+        return load_recipe(arguments.recipe, overrides)
+    if arguments.recipe is not None:
+        if "=" not in arguments.recipe:
+            raise ConfigError(
+                [f"--resume {arguments.resume}: the run knows its recipe; leave {arguments.recipe} out"]
+            )
+        overrides.insert(0, arguments.recipe)
+    saved = Path(arguments.resume) / "config.toml"
+    if not saved.is_file():
+        raise ConfigError(
+            [f"--resume {arguments.resume}: is not a run folder (there is no {saved}); runs lie under runs/"]
+        )
+    return load_recipe(str(saved), [*overrides, f"run.dir={Path(arguments.resume).absolute()}"])
+
+
+def plan(arguments: Namespace) -> int:
+    """Show what a recipe would do."""
+    from interlace.launch.plan_table import make_plan, plan_table
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    resolved = make_plan(recipe.config, arguments.ranks)
+    if arguments.json:
+        print(resolved.model_dump_json(indent=2))
+    else:
+        print(plan_table(recipe, resolved))
+    return 0
+
+
+def why(arguments: Namespace) -> int:
+    """Tell where a value comes from: every layer that set it, the last one wins."""
+    settings = all_settings()
+    if arguments.setting not in settings:
+        hint = near_miss(arguments.setting, settings)
+        raise ConfigError([f"{arguments.setting}: there is no such setting{hint}"])
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    section, _, key = arguments.setting.partition(".")
+    value = getattr(getattr(recipe.config, section), key)
+    origins = recipe.origins.get(arguments.setting, ())
+    default = type(getattr(recipe.config, section)).model_fields[key].default
+    history = [("default", default), *((origin.where, origin.value) for origin in origins)]
+    if arguments.setting == "run.name" and not origins:
+        history.append(("the recipe's file name", value))
+    if arguments.json:
+        steps = [{"where": where, "value": given} for where, given in history]
+        print(json.dumps({"setting": arguments.setting, "value": value, "history": steps}, default=str))
+        return 0
+    print(f"{arguments.setting} = {show(value)}    {settings[arguments.setting]}")
+    for number, (where, given) in enumerate(history, start=1):
+        mark = "  <- in force" if number == len(history) else ""
+        print(f"  {number}. {where}: {show(given)}{mark}")
+    return 0
+
+
+def prepare(arguments: Namespace) -> int:
+    """Tokenise a recipe's text."""
+    from interlace.trainer.data.prepare import find_prepared
+    from interlace.trainer.data.prepare import prepare as prepare_corpus
+
+    data = load_recipe(arguments.recipe, arguments.overrides).config.data
+    already = find_prepared(data)
+    corpus = already or prepare_corpus(data, announce=print)
+    corpus.verify()
+    if already is not None:
+        print(f"already prepared, all digests correct: {corpus.tokens('train'):,} training tokens")
+    print(f"corpus folder {corpus.folder}")
+    return 0
+
+
+def sample(arguments: Namespace) -> int:
+    """Stream a continuation of a prompt to the terminal."""
+    problems = [
+        f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be {low} or more"
+        for name, low in (("tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0))
+        if getattr(arguments, name) < low
+    ]
+    if problems:
+        raise ConfigError(problems)
+    from interlace.trainer.sampling import SamplingSettings
+    from interlace.trainer.saved_model import load_saved_model
+
+    saved = load_saved_model(Path(arguments.run))
+    settings = SamplingSettings(
+        max_tokens=arguments.tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+    )
+    sys.stdout.write(arguments.prompt)
+    for piece in saved.continuation(arguments.prompt, settings):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+    return 0
+
+
+def verify(arguments: Namespace) -> int:
+    """Check every digest of a run's checkpoints; status 2 if something is broken."""
+    from interlace.trainer.checkpoint.verify import verify_run
+    from interlace.trainer.observe.units import human_bytes
+    from interlace.trainer.run_folder import read_config
+
+    run = Path(arguments.run)
+    read_config(run)
+    reports = verify_run(run / "checkpoints")
+    if arguments.json:
+        print(json.dumps([{"step": r.step, "problems": r.problems} for r in reports], indent=2))
+    else:
+        for report in reports:
+            verdict = "ok" if not report.problems else "BROKEN"
+            print(f"step {report.step:>8}   {human_bytes(report.bytes):>9}   {verdict}")
+            for problem in report.problems:
+                print(f"    {problem}")
+        if not reports:
+            print(f"no committed checkpoint in {run}")
+    return 2 if any(report.problems for report in reports) else 0
+
+
+def export(arguments: Namespace) -> int:
+    """Write a model for other programs."""
+    form, folder = arguments.to
+    if form != "hf":
+        raise ConfigError([f"--to {form}: is no known format; the one there is: hf (transformers)"])
+    from interlace.trainer.export import export_hf
+    from interlace.trainer.saved_model import load_saved_model
+
+    architecture = export_hf(load_saved_model(Path(arguments.run)), Path(arguments.run), Path(folder))
+    print(f"wrote {architecture} to {folder}; load it with")
+    print(f"    transformers.AutoModelForCausalLM.from_pretrained({folder!r})")
+    return 0

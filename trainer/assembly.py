@@ -1,0 +1,212 @@
+"""Builds a run from a recipe, in the order in which things can go wrong cheaply, and closes it with pictures.
+
+Folder and corpus first, then the plan, the model, and the newest checkpoint; `finish_report` writes what a
+person looks at afterwards.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from interlace.offload.hardware import profile_hardware
+from interlace.trainer.batches import StepBatches
+from interlace.trainer.checkpoint.state import Progress, TrainingState, load_newest
+from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.data.prepare import TOKENIZER_NAME, prepare
+from interlace.trainer.data.rows import TrainingRows, ValidationRows
+from interlace.trainer.data.shards import PreparedCorpus
+from interlace.trainer.errors import CheckpointError
+from interlace.trainer.models.language_model import LanguageModel
+from interlace.trainer.observe.console import Console
+from interlace.trainer.observe.environment import describe_environment
+from interlace.trainer.observe.metrics import METRICS_NAME, MetricsWriter, read_metrics
+from interlace.trainer.observe.plots import write_loss_curve
+from interlace.trainer.observe.report import write_report
+from interlace.trainer.optimizer import build_optimizer
+from interlace.trainer.parallel import (
+    compile_layers,
+    compiles,
+    compute_dtype_of,
+    recompute_layers,
+    shard,
+)
+from interlace.trainer.plan import Plan, Setting, resolve
+from interlace.trainer.run import Parts, Run
+from interlace.trainer.run_folder import (
+    RunFolder,
+    config_text,
+    open_run_folder,
+    write_atomically,
+    write_json,
+)
+from interlace.trainer.signals import StopRequest
+from interlace.trainer.sampling import SamplingSettings
+from interlace.trainer.saved_model import load_saved_model
+from interlace.trainer.world import World
+
+
+@contextmanager
+def open_run(config: RunConfig, world: World) -> Iterator[Run]:
+    """Build a run, yield it, close what was opened also when a step fails, and leave pictures behind."""
+    parts, progress, notes = assemble(config, world)
+    with ExitStack() as stack:
+        log_every = config.observe.log_every_steps
+        console = stack.enter_context(Console(parts.plan.steps, log_every, world.is_main))
+        for note in notes:
+            console.note(note)
+        metrics = None
+        if world.is_main:
+            metrics = stack.enter_context(MetricsWriter(parts.folder.path, progress.step))
+        stop = stack.enter_context(StopRequest(announce=world.is_main))
+        run = Run(parts, progress, console, metrics, stop)
+        try:
+            yield run
+        finally:
+            console.close()
+            if metrics is not None:
+                metrics.close()
+                draw_pictures(parts.folder.path)
+        if world.is_main:
+            conclude(run)
+    world.barrier()
+
+
+def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str]]:
+    """Build everything a run needs; return it with the restored progress and notes for a person."""
+    folder = world.on_main(lambda: open_run_folder(config))
+    corpus = world.on_main(lambda: checked_corpus(config))
+    dtype = compute_dtype_of(config.train, world.device.type)
+    hardware = profile_hardware(world.device, dtype)
+    setting = Setting(
+        world_size=world.size,
+        device_type=world.device.type,
+        vocabulary_size=corpus.index.vocabulary_size,
+        corpus_tokens=corpus.tokens("train"),
+        device_memory_bytes=hardware.device_memory_bytes,
+        host_memory_bytes=hardware.host_memory_bytes,
+    )
+    plan = resolve(config, setting)
+    training, validation = TrainingRows(corpus, config), ValidationRows(corpus, config)
+    torch.manual_seed(config.run.seed + world.rank)
+    model = build_model(config, plan, world)
+    state = TrainingState(model, build_optimizer(model, config.optimizer), world)
+    attempt = world.on_main(folder.store.begin_attempt)
+    progress, notes = restore(folder, state, corpus)
+    if world.is_main:
+        describe(folder.path, config, plan, corpus)
+    batches = StepBatches(
+        training=training,
+        validation=validation,
+        plan=plan,
+        world=world,
+        end_of_text=corpus.index.end_of_text,
+        respect_documents=config.data.respect_documents,
+        validation_bytes_per_token=corpus.bytes_per_token("validation"),
+    )
+    parts = Parts(
+        config, world, folder, plan, hardware, attempt, corpus.digest, batches, model, state
+    )
+    return parts, progress, [f"run folder {folder.path}", *folder.notes, *notes]
+
+
+def checked_corpus(config: RunConfig) -> PreparedCorpus:
+    """Return the prepared corpus of a recipe after checking every digest."""
+    corpus = prepare(config.data, announce=lambda text: print(text, flush=True))
+    corpus.verify()
+    return corpus
+
+
+def build_model(config: RunConfig, plan: Plan, world: World) -> LanguageModel:
+    """Build the model without memory, spread it over the ranks, then fill each rank's part."""
+    dtype = compute_dtype_of(config.train, world.device.type)
+    with torch.device("meta"):
+        model = LanguageModel(config.model, plan.vocabulary_size, dtype)
+    layers = list(model.layers)
+    recompute_layers(layers, config.train.activation_checkpointing)
+    if compiles(config.train, world.device.type):
+        compile_layers(layers)
+    shard(model, layers, world, config.parallel.replicas, dtype)
+    model.to_empty(device=world.device)
+    model.initialise(config.run.seed)
+    return model
+
+
+def restore(
+    folder: RunFolder, state: TrainingState, corpus: PreparedCorpus
+) -> tuple[Progress, list[str]]:
+    """Continue from the newest intact checkpoint, if the run has one.
+
+    Raises:
+        CheckpointError: None is intact, or the corpus is not the one the run was started with.
+    """
+    if not folder.resumes:
+        return Progress(), []
+    state.materialise_optimizer()
+    restored = load_newest(folder.store, state)
+    saved = restored.scalars
+    if saved.corpus_digest != corpus.digest:
+        raise CheckpointError(
+            f"the corpus in {corpus.folder} is not the one this run was started with, so its rows would be "
+            "others; restore the text as it was, or start a new run"
+        )
+    # A broken newer step stands in the way of saving that step again.
+    if state.world.is_main:
+        for step in restored.broken_steps:
+            folder.store.set_aside(step, folder.store.live_attempt())
+    state.world.barrier()
+    resumed = f"resumed from the checkpoint of step {saved.progress.step}"
+    return saved.progress, [*restored.messages, resumed]
+
+
+def describe(run_dir: Path, config: RunConfig, plan: Plan, corpus: PreparedCorpus) -> None:
+    """Write what a run folder tells of itself before the first step."""
+    write_atomically(run_dir / "config.toml", config_text(config))
+    write_json(run_dir / "plan.json", plan.model_dump(mode="json"))
+    write_json(run_dir / "environment.json", describe_environment(plan.world_size))
+    shutil.copyfile(corpus.folder / TOKENIZER_NAME, run_dir / TOKENIZER_NAME)
+
+
+def draw_pictures(run_dir: Path) -> None:
+    """Write `loss.png` and `report.html` from what the folder holds."""
+    write_loss_curve(read_metrics(run_dir / METRICS_NAME), run_dir / "loss.png")
+    write_report(run_dir)
+
+
+def conclude(run: Run) -> None:
+    """Say how the run ended and what to look at; write samples if it is finished."""
+    path, step, steps = run.folder.path, run.progress.step, run.plan.steps
+    if step < steps:
+        print(
+            f"stopped after step {step} of {steps}; the state is saved. Resume with\n"
+            f"    interlace train --resume {path}"
+        )
+        return
+    if run.parts.config.observe.sample_tokens and not run.stop.received:
+        write_samples(path, run.parts.config)
+        write_report(path)
+    print(f"\nfinished {steps} steps")
+    print(f"  run folder  {path}")
+    print(f"  curve       {path / 'loss.png'}")
+    print(f"  sample      {path / 'samples.txt'}")
+    print(f"  report      {path / 'report.html'}")
+    print(f"  more text   interlace sample {path} --prompt 'def '")
+
+
+def write_samples(run_dir: Path, config: RunConfig) -> None:
+    """Continue every prompt of the recipe; print the texts and write `samples.txt`."""
+    saved = load_saved_model(run_dir)
+    settings = SamplingSettings(
+        max_tokens=config.observe.sample_tokens,
+        temperature=config.observe.sample_temperature,
+        seed=config.run.seed,
+    )
+    texts = [
+        prompt + "".join(saved.continuation(prompt, settings))
+        for prompt in config.observe.sample_prompts
+    ]
+    page = "\n\n".join(f"--- sample {n} ---\n{text}" for n, text in enumerate(texts, start=1))
+    write_atomically(run_dir / "samples.txt", page + "\n")
+    print(f"\n{page}")

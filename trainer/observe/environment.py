@@ -1,0 +1,64 @@
+"""Where a run happened: versions, processor, memory, source revision. No environment variables."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import interlace
+from interlace.offload.hardware import host_memory_bytes
+
+LIBRARIES = ("torch", "triton", "numpy", "safetensors", "datasets", "tokenizers")
+
+
+def describe_environment(world_size: int) -> dict[str, object]:
+    """Return what `environment.json` holds."""
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
+        "interlace": interlace.__version__,
+        "revision": source_revision(),
+        "python": platform.python_version(),
+        "libraries": {name: version_of(name) for name in LIBRARIES},
+        "cuda": torch.version.cuda,
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "host_memory_bytes": host_memory_bytes(),
+        "gpus": gpus,
+        "world_size": world_size,
+    }
+
+
+def version_of(name: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def processor_name() -> str:
+    """Return the model name of the CPU."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def source_revision() -> str | None:
+    """Return the git revision of the source tree, `-dirty` if it has changes; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,145 @@
+"""The record of a run: one JSON object a line in `metrics.jsonl`, and the same in TensorBoard.
+
+After a kill, lines beyond the checkpoint that training continues from are dropped, so that every step stands
+in the file exactly once. Floats are written with all their digits: equal text means equal bits.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+
+METRICS_NAME = "metrics.jsonl"
+
+TENSORBOARD_TAGS = {
+    "loss": "loss/train",
+    "val_loss": "loss/validation",
+    "val_bits_per_byte": "loss/validation_bits_per_byte",
+    "lr": "optimizer/learning_rate",
+    "grad_norm": "optimizer/gradient_norm",
+    "tokens_per_second": "speed/tokens_per_second",
+    "mfu": "speed/mfu",
+    "step_seconds": "speed/step_seconds",
+    "update_seconds": "speed/update_seconds",
+    "device_memory_bytes": "memory/device_bytes",
+    "host_memory_bytes": "memory/host_bytes",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One finished step; what does not apply is None and left out of the file.
+
+    Attributes:
+        step: Finished steps, from 1.
+        tokens: Tokens consumed so far.
+        loss: Mean training loss in nats per token; may be NaN or infinite on a skipped step.
+        lr: Learning rate of the update.
+        grad_norm: Global gradient norm before clipping.
+        tokens_per_second: Over all ranks.
+        mfu: Share of the peak rate of matrix products.
+        device_memory_bytes: Peak allocated on the accelerator.
+        host_memory_bytes: Resident memory of rank 0's process.
+        step_seconds: Wall time of the step, validation left out.
+        update_seconds: Wall time of clipping and update.
+        val_loss: Held-out loss in nats per token.
+        val_bits_per_byte: Held-out bits per byte of text.
+        val_perplexity: exp(val_loss).
+        skipped: True where the update was left out.
+    """
+
+    step: int
+    tokens: int
+    loss: float | None = None
+    lr: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    device_memory_bytes: int | None = None
+    host_memory_bytes: int | None = None
+    step_seconds: float | None = None
+    update_seconds: float | None = None
+    val_loss: float | None = None
+    val_bits_per_byte: float | None = None
+    val_perplexity: float | None = None
+    skipped: bool | None = None
+
+
+def to_line(record: StepRecord) -> str:
+    """Return a record as one line of JSON; numbers that are not finite, which JSON lacks, as text."""
+    values = {key: value for key, value in asdict(record).items() if value is not None}
+    shown = {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+    return json.dumps(shown, allow_nan=False) + "\n"
+
+
+def from_line(line: str) -> StepRecord | None:
+    """Read one line; None for one that a kill has torn."""
+    try:
+        values = json.loads(line)
+        known = {field.name for field in fields(StepRecord)}
+        return StepRecord(
+            **{
+                key: float(value) if isinstance(value, str) else value
+                for key, value in values.items()
+                if key in known
+            }
+        )
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def read_metrics(path: Path) -> list[StepRecord]:
+    """Return the records of a `metrics.jsonl`, a torn line left out; none if the file is missing."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [record for line in file if (record := from_line(line)) is not None]
+
+
+class MetricsWriter:
+    """Appends records to `metrics.jsonl` and TensorBoard.
+
+    Args:
+        run_dir: The run folder.
+        resume_step: Last step that counts; later records of an earlier start are dropped.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        path = run_dir / METRICS_NAME
+        kept = [record for record in read_metrics(path) if record.step <= resume_step]
+        temporary = path.with_name(f".{METRICS_NAME}")
+        temporary.write_text("".join(map(to_line, kept)), encoding="utf-8")
+        temporary.replace(path)
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+        purge = resume_step + 1 if resume_step else None
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+
+    def write(self, record: StepRecord) -> None:
+        """Append one step."""
+        self.file.write(to_line(record))
+        for key, tag in TENSORBOARD_TAGS.items():
+            value = getattr(record, key)
+            if value is not None:
+                self.board.add_scalar(tag, value, record.step)
+
+    def close(self) -> None:
+        """Flush and close both; may be called twice."""
+        self.file.close()
+        self.board.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
