@@ -1,7 +1,8 @@
 """Cross-entropy of a linear head without the logits of a whole batch in fp32.
 
-Tokens are cut into chunks whose fp32 logits stay under a bound; with more than one chunk each is recomputed
-in the backward pass, so at most one chunk's logits are alive at any time. Differentiable to any order.
+Tokens are cut into chunks whose fp32 logits stay under a bound; with more than one chunk each is
+recomputed in the backward pass, so at most one chunk's logits are alive at any time. Differentiable
+to any order.
 """
 
 from typing import NamedTuple
@@ -57,9 +58,7 @@ def linear_cross_entropy(
         if whole:
             sums.append(chunk_sums(part, weight, wanted, z_loss))
         else:
-            sums.append(
-                checkpoint(chunk_sums, part, weight, wanted, z_loss, use_reentrant=False)
-            )
+            sums.append(checkpoint(chunk_sums, part, weight, wanted, z_loss, use_reentrant=False))
     totals = torch.stack(sums).sum(0) / hidden.shape[0]
     return HeadLoss(objective=totals[0] + totals[1], mean_nll=totals[0])
 

@@ -1,4 +1,6 @@
-"""Rotary position embedding in the half-split layout (Su et al. 2021, arXiv 2104.09864; as in Llama)."""
+"""Rotary position embedding in the half-split layout (Su et al. 2021, arXiv 2104.09864; as in
+Llama).
+"""
 
 import torch
 
@@ -24,7 +26,9 @@ def rotary_tables(
 
 
 def apply_rotary(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (j, j + K/2) of queries or keys `x` (B, H, T, K) by their position's angles."""
+    """Turn the pairs (j, j + K/2) of queries or keys `x` (B, H, T, K) by their position's
+    angles.
+    """
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return x * cosine.to(x.dtype) + turned * sine.to(x.dtype)

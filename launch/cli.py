@@ -1,7 +1,8 @@
-"""The command line: `interlace COMMAND ...`. Parsing only; every command is a function of `launch.commands`.
+"""The command line: `interlace COMMAND ...`. Parsing only; every command is a function of
+`launch.commands`.
 
-Exit status: 0 success, 2 a mistake the user can mend (one message, no traceback), 1 a failure of ours or a
-run that went wrong, 130 interrupted.
+Exit status: 0 success, 2 a mistake the user can mend (one message, no traceback), 1 a failure of
+ours or a run that went wrong, 130 interrupted.
 """
 
 import argparse
@@ -41,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     plan = add(commands, "plan", "show what a recipe would do, without doing it", recipe=True)
     plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument("--ranks", type=int, default=1, metavar="N", help="plan for N ranks (default 1)")
+    plan.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="plan for N ranks (default 1)"
+    )
     why = add(commands, "why", "tell where a setting's value comes from")
     why.add_argument("setting", metavar="SECTION.KEY", help="the setting, as in model.width")
     why.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
@@ -69,14 +72,26 @@ def add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     sample = add(commands, "sample", "let a trained model continue a text")
     sample.add_argument("run", metavar="RUN", help="run folder")
     sample.add_argument("--prompt", default="", help="text to continue (default: from nothing)")
-    sample.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens (default 200)")
     sample.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="randomness, 0 is greedy (default 0.8)"
+        "--tokens", type=int, default=200, metavar="N", help="most tokens (default 200)"
     )
     sample.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens (default all)"
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="randomness, 0 is greedy (default 0.8)",
     )
-    sample.add_argument("--seed", type=int, default=0, metavar="S", help="fixes the draws (default 0)")
+    sample.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="draw among the K likeliest tokens (default all)",
+    )
+    sample.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="fixes the draws (default 0)"
+    )
 
 
 def add(
@@ -86,13 +101,17 @@ def add(
     recipe: bool = False,
 ) -> argparse.ArgumentParser:
     """Add one command, with recipe and overrides where it takes them."""
-    command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    command = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + "."
+    )
     if recipe:
         optional = name == "train"
         command.add_argument(
             "recipe", nargs="?" if optional else None, metavar="RECIPE", help=RECIPE_HELP
         )
-        command.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDE_HELP)
+        command.add_argument(
+            "overrides", nargs="*", metavar="SECTION.KEY=VALUE", help=OVERRIDE_HELP
+        )
     return command
 
 
@@ -131,12 +150,15 @@ def guarded(action: Callable[[], int]) -> int:
             print("interlace: interrupted; nothing that was committed is lost", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output has left (`| head`): nothing is wrong, and nobody is listening.
+        # The reader of our output has left (`| head`); nobody listens to an explanation either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1
     except Exception:
         traceback.print_exc()
-        print("interlace: this is a defect of interlace; the traceback above tells where", file=sys.stderr)
+        print(
+            "interlace: this is a defect of interlace; the traceback above tells where",
+            file=sys.stderr,
+        )
         return 1
 
 

@@ -1,4 +1,6 @@
-"""What each command does, in terms of the trainer. Heavy imports stay inside the commands that need them."""
+"""What each command does, in terms of the trainer. Heavy imports stay inside the commands that
+need them.
+"""
 
 import json
 import sys
@@ -45,13 +47,19 @@ def recipe_to_train(arguments: Namespace) -> Recipe:
     if arguments.recipe is not None:
         if "=" not in arguments.recipe:
             raise ConfigError(
-                [f"--resume {arguments.resume}: the run knows its recipe; leave {arguments.recipe} out"]
+                [
+                    f"--resume {arguments.resume}: the run knows its recipe; leave "
+                    f"{arguments.recipe} out"
+                ]
             )
         overrides.insert(0, arguments.recipe)
     saved = Path(arguments.resume) / "config.toml"
     if not saved.is_file():
         raise ConfigError(
-            [f"--resume {arguments.resume}: is not a run folder (there is no {saved}); runs lie under runs/"]
+            [
+                f"--resume {arguments.resume}: is not a run folder (there is no {saved}); runs "
+                "lie under runs/"
+            ]
         )
     return load_recipe(str(saved), [*overrides, f"run.dir={Path(arguments.resume).absolute()}"])
 
@@ -85,7 +93,11 @@ def why(arguments: Namespace) -> int:
         history.append(("the recipe's file name", value))
     if arguments.json:
         steps = [{"where": where, "value": given} for where, given in history]
-        print(json.dumps({"setting": arguments.setting, "value": value, "history": steps}, default=str))
+        print(
+            json.dumps(
+                {"setting": arguments.setting, "value": value, "history": steps}, default=str
+            )
+        )
         return 0
     print(f"{arguments.setting} = {show(value)}    {settings[arguments.setting]}")
     for number, (where, given) in enumerate(history, start=1):
@@ -166,7 +178,9 @@ def export(arguments: Namespace) -> int:
     from interlace.trainer.export import export_hf
     from interlace.trainer.saved_model import load_saved_model
 
-    architecture = export_hf(load_saved_model(Path(arguments.run)), Path(arguments.run), Path(folder))
+    architecture = export_hf(
+        load_saved_model(Path(arguments.run)), Path(arguments.run), Path(folder)
+    )
     print(f"wrote {architecture} to {folder}; load it with")
     print(f"    transformers.AutoModelForCausalLM.from_pretrained({folder!r})")
     return 0

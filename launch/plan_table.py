@@ -74,7 +74,10 @@ def run_rows(config: RunConfig, plan: Plan) -> list[Row]:
     return [
         ("steps", f"{plan.steps:,}"),
         ("tokens", f"{plan.total_tokens:,}"),
-        ("tokens per step", f"{plan.tokens_per_step:,} ({plan.rows_per_step} rows of {plan.sequence_length})"),
+        (
+            "tokens per step",
+            f"{plan.tokens_per_step:,} ({plan.rows_per_step} rows of {plan.sequence_length})",
+        ),
         ("ranks", f"{plan.world_size} ({plan.device_type}, {plan.compute_dtype})"),
         (
             "accumulation",

@@ -1,6 +1,7 @@
 """The entry for `torchrun -m interlace.launch.torchrun RECIPE [section.key=value ...]`.
 
-It is `interlace train` and nothing else: torchrun's environment variables make it one rank of several.
+It is `interlace train` and nothing else: torchrun's environment variables make it one rank of
+several.
 """
 
 import sys

@@ -1,8 +1,9 @@
 """What this machine can do: memory sizes and the peak rate of matrix products.
 
-The rate is the denominator of MFU. For well-known GPUs it is the vendor's dense bf16 figure; on a CPU, and
-on GPUs that the table does not know, it is measured here, so that MFU means "share of the best matrix
-product this machine showed". Memory sizes come from the driver and the kernel; nothing runs at import.
+The rate is the denominator of MFU. For well-known GPUs it is the vendor's dense bf16 figure; on a
+CPU, and on GPUs that the table does not know, it is measured here, so that MFU means "share of the
+best matrix product this machine showed". Memory sizes come from the driver and the kernel; nothing
+runs at import.
 """
 
 import os
@@ -54,7 +55,9 @@ def profile_hardware(device: torch.device, dtype: torch.dtype) -> HardwareProfil
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         known = [name for name in PEAK_BF16_FLOPS if name in properties.name]
-        published = PEAK_BF16_FLOPS[max(known, key=len)] if known and dtype is torch.bfloat16 else None
+        published = (
+            PEAK_BF16_FLOPS[max(known, key=len)] if known and dtype is torch.bfloat16 else None
+        )
         rate = published or measure_matmul_flops(device, dtype)
         return HardwareProfile(properties.name, rate, properties.total_memory, host)
     return HardwareProfile("CPU", measure_matmul_flops(device, dtype), host, host)

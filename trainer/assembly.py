@@ -1,11 +1,12 @@
-"""Builds a run from a recipe, in the order in which things can go wrong cheaply, and closes it with pictures.
+"""Builds a run from a recipe, in the order in which things can go wrong cheaply, and closes it with
+pictures.
 
-Folder and corpus first, then the plan, the model, and the newest checkpoint; `finish_report` writes what a
-person looks at afterwards.
+Folder and corpus first, then the plan, the model, and the newest checkpoint; `finish_report` writes
+what a person looks at afterwards.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -42,15 +43,17 @@ from interlace.trainer.run_folder import (
     write_atomically,
     write_json,
 )
-from interlace.trainer.signals import StopRequest
 from interlace.trainer.sampling import SamplingSettings
 from interlace.trainer.saved_model import load_saved_model
+from interlace.trainer.signals import StopRequest
 from interlace.trainer.world import World
 
 
 @contextmanager
-def open_run(config: RunConfig, world: World) -> Iterator[Run]:
-    """Build a run, yield it, close what was opened also when a step fails, and leave pictures behind."""
+def open_run(config: RunConfig, world: World) -> Generator[Run]:
+    """Build a run, yield it, close what was opened also when a step fails, and leave pictures
+    behind.
+    """
     parts, progress, notes = assemble(config, world)
     with ExitStack() as stack:
         log_every = config.observe.log_every_steps
@@ -149,7 +152,8 @@ def restore(
     saved = restored.scalars
     if saved.corpus_digest != corpus.digest:
         raise CheckpointError(
-            f"the corpus in {corpus.folder} is not the one this run was started with, so its rows would be "
+            f"the corpus in {corpus.folder} is not the one this run was started with, so its "
+            "rows would be "
             "others; restore the text as it was, or start a new run"
         )
     # A broken newer step stands in the way of saving that step again.
@@ -190,7 +194,8 @@ def conclude(run: Run) -> None:
     print(f"\nfinished {steps} steps")
     print(f"  run folder  {path}")
     print(f"  curve       {path / 'loss.png'}")
-    print(f"  sample      {path / 'samples.txt'}")
+    if (path / "samples.txt").is_file():
+        print(f"  sample      {path / 'samples.txt'}")
     print(f"  report      {path / 'report.html'}")
     print(f"  more text   interlace sample {path} --prompt 'def '")
 

@@ -60,8 +60,8 @@ class StepBatches:
     def of_validation(self) -> Iterator[tuple[Batch, int]]:
         """Yield micro-batches of held-out rows and how many of their rows count.
 
-        Every rank yields equally many, since a sharded forward pass needs all ranks; where rows run out,
-        the first row stands in and does not count.
+        Every rank yields equally many, since a sharded forward pass needs all ranks; where rows run
+        out, the first row stands in and does not count.
         """
         size, count = self.plan.microbatch_rows, self.validation.count
         stride = size * self.world.size

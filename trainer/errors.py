@@ -1,8 +1,9 @@
 """Errors that a person can act on.
 
-Everything derived from `UserError` is a mistake or a condition outside the program: the command line prints
-its message without a traceback and exits with status 2. Any other exception is a defect of ours: it keeps
-its traceback and exits with status 1. A message says what, got which value, why it matters, what to type.
+Everything derived from `UserError` is a mistake or a condition outside the program: the command
+line prints its message without a traceback and exits with status 2. Any other exception is a defect
+of ours: it keeps its traceback and exits with status 1. A message says what, got which value, why
+it matters, what to type.
 """
 
 from collections.abc import Sequence
@@ -37,4 +38,6 @@ class SaveError(UserError):
 
 
 class NumericsError(UserError):
-    """Too many steps in a row with a loss or gradient that is not finite; names the evidence folder."""
+    """Too many steps in a row with a loss or gradient that is not finite; names the evidence
+    folder.
+    """

@@ -31,7 +31,8 @@ class Outcome:
 
 
 def train(config: RunConfig, world: World) -> Outcome:
-    """Train a model as a recipe says, from the start or from the newest checkpoint of its run folder.
+    """Train a model as a recipe says, from the start or from the newest checkpoint of its run
+    folder.
 
     Args:
         config: The recipe, checked.

@@ -1,7 +1,7 @@
 """The optimizer of a run: AdamW with decay on matrices only, and the global gradient norm.
 
-Reference: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, algorithm 2. torch's fused
-implementation does the arithmetic, on plain tensors and on FSDP2's sharded ones alike.
+Reference: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, algorithm 2. torch's
+fused implementation does the arithmetic, on plain tensors and on FSDP2's sharded ones alike.
 """
 
 import torch
@@ -19,7 +19,10 @@ def build_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim
             "params": [parameter for parameter in parameters if parameter.ndim >= 2],
             "weight_decay": settings.weight_decay,
         },
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [parameter for parameter in parameters if parameter.ndim < 2],
+            "weight_decay": 0.0,
+        },
     ]
     return torch.optim.AdamW(
         groups,
@@ -48,4 +51,5 @@ def scale_gradients(model: nn.Module, norm: float, limit: float) -> None:
     if limit <= 0.0 or norm <= limit:
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+    for gradient in gradients:
+        gradient.mul_(limit / (norm + 1e-6))

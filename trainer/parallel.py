@@ -1,12 +1,14 @@
 """How one model is spread over several ranks, recomputed and compiled: FSDP2, HSDP, checkpointing.
 
-One process trains the plain module, unwrapped. With several ranks every layer and the root become FSDP2
-units (`fully_shard`, Zhao et al. 2023, arXiv 2304.11277): parameters, gradients and optimizer state are
-sharded along their first dimension, or, with `parallel.replicas` above 1, sharded inside groups of ranks
-and replicated between them (HSDP). Layers keep their names, so checkpoints look alike in every case.
+One process trains the plain module, unwrapped. With several ranks every layer and the root become
+FSDP2 units (`fully_shard`, Zhao et al. 2023, arXiv 2304.11277): parameters, gradients and optimizer
+state are sharded along their first dimension, or, with `parallel.replicas` above 1, sharded inside
+groups of ranks and replicated between them (HSDP). Layers keep their names, so checkpoints look
+alike in every case.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -51,7 +53,7 @@ def checkpointed(selective: bool, forward: LayerForward) -> LayerForward:
     return partial(checkpoint, forward, use_reentrant=False, context_fn=keep_expensive)
 
 
-def keep_expensive() -> object:
+def keep_expensive() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
     """Return the contexts under which only cheap operations are recomputed."""
     operations = [
         getattr(torch.ops.aten, name).default
@@ -67,13 +69,17 @@ def keep_expensive() -> object:
 
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:
-    """Compile every layer on its own: one graph serves all of them, and FSDP2's hooks stay outside."""
+    """Compile every layer on its own: one graph serves all of them, and FSDP2's hooks stay
+    outside.
+    """
     for layer in layers:
         replace_forward(layer, torch.compile)
 
 
 def replace_forward(layer: nn.Module, wrap: Callable[[LayerForward], LayerForward]) -> None:
-    """Wrap a layer's forward in place, so that parameter names and module hooks stay as they are."""
+    """Wrap a layer's forward in place, so that parameter names and module hooks stay as they
+    are.
+    """
     object.__setattr__(layer, "forward", wrap(layer.forward))
 
 
@@ -102,7 +108,9 @@ def shard(
 
 
 def compute_dtype_of(settings: TrainSection, device_type: str) -> torch.dtype:
-    """Return the precision of activations: as asked, else bfloat16 on a GPU and float32 on a CPU."""
+    """Return the precision of activations: as asked, else bfloat16 on a GPU and float32 on a
+    CPU.
+    """
     if settings.compute_dtype == "auto":
         return torch.bfloat16 if device_type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.compute_dtype]

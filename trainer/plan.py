@@ -1,7 +1,9 @@
-"""What will happen: everything that follows from a recipe, computed once, by a pure function, and printed.
+"""What will happen: everything that follows from a recipe, computed once, by a pure function, and
+printed.
 
-`resolve` turns a `RunConfig` into a `Plan` for a number of ranks and a machine, without building a model or
-reading a corpus. The training loop reads derived values from the plan only, and nothing changes it.
+`resolve` turns a `RunConfig` into a `Plan` for a number of ranks and a machine, without building a
+model or reading a corpus. The training loop reads derived values from the plan only, and nothing
+changes it.
 """
 
 from dataclasses import dataclass
@@ -143,19 +145,23 @@ def resolve(config: RunConfig, setting: Setting) -> Plan:
 
 
 def check_ranks(config: RunConfig, rows: int, size: int) -> None:
-    """Raise `ConfigError` unless the rows of a step and the replicas divide evenly over the ranks."""
+    """Raise `ConfigError` unless the rows of a step and the replicas divide evenly over the
+    ranks.
+    """
     problems: list[str] = []
     if rows % size:
         whole = max(1, round(rows / size)) * size * config.data.sequence_length
         problems.append(
             f"train.tokens_per_step={config.train.tokens_per_step}: its {rows} rows of "
-            f"data.sequence_length={config.data.sequence_length} do not split evenly over {size} ranks; "
+            f"data.sequence_length={config.data.sequence_length} do not split evenly over {size} "
+            "ranks; "
             f"type train.tokens_per_step={whole}"
         )
     if size % config.parallel.replicas:
         choices = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
         problems.append(
-            f"parallel.replicas={config.parallel.replicas}: does not divide the {size} ranks of this run; "
+            f"parallel.replicas={config.parallel.replicas}: does not divide the {size} ranks of "
+            "this run; "
             f"type one of parallel.replicas={choices}"
         )
     if problems:
@@ -173,8 +179,8 @@ def microbatch_rows(config: RunConfig, rows_per_rank: int) -> int:
 def memory_of(config: RunConfig, setting: Setting, rows: int, element_bytes: int) -> Memory:
     """Return the device memory of one rank by kind, in bytes.
 
-    Weights, gradients and both moments are fp32 and sharded over the ranks of one replica; below fp32 the
-    backward pass also holds one cast copy of every matrix.
+    Weights, gradients and both moments are fp32 and sharded over the ranks of one replica; below
+    fp32 the backward pass also holds one cast copy of every matrix.
     """
     shards = setting.world_size // config.parallel.replicas
     parameters = parameter_count(config.model, setting.vocabulary_size)

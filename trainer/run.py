@@ -1,7 +1,8 @@
-"""The machinery behind the loop: one object holds everything a run owns, each method one step's part.
+"""The machinery behind the loop: one object holds everything a run owns, each method one step's
+part.
 
-`interlace.trainer.assembly` builds it. Everything that changes while training is in `Progress` and in
-the tensors of `TrainingState`; both are saved and restored as a whole.
+`interlace.trainer.assembly` builds it. Everything that changes while training is in `Progress` and
+in the tensors of `TrainingState`; both are saved and restored as a whole.
 """
 
 import time
@@ -96,7 +97,8 @@ class Run:
             yield step
 
     def forward_backward(self, step: int) -> float:
-        """Accumulate the gradient of one step; return its mean loss over all ranks (nats per token).
+        """Accumulate the gradient of one step; return its mean loss over all ranks (nats per
+        token).
 
         The same exchange tells every rank whether any of them was asked to stop.
         """
@@ -128,7 +130,8 @@ class Run:
         return float(gradient_norm(self.parts.model))
 
     def update_or_skip(self, step: int, batch_loss: float, norm: float) -> None:
-        """Clip and update; leave a step out whose loss or gradient is not finite, on all ranks alike.
+        """Clip and update; leave a step out whose loss or gradient is not finite, on all ranks
+        alike.
 
         Raises:
             NumericsError: Too many such steps in a row; the evidence is in the run folder.
@@ -164,8 +167,10 @@ class Run:
             self.folder.path, step, self.parts.model, self.parts.batches, self.parts.world
         )
         raise NumericsError(
-            f"{count} steps in a row had a loss or gradient that is not finite (train.max_bad_steps={limit}); "
-            f"last loss {loss}, gradient norm {norm}. The evidence is in {folder}; the newest checkpoint is "
+            f"{count} steps in a row had a loss or gradient that is not finite "
+            f"(train.max_bad_steps={limit}); "
+            f"last loss {loss}, gradient norm {norm}. The evidence is in {folder}; the newest "
+            "checkpoint is "
             f"untouched. Lower optimizer.peak_lr={self.parts.config.optimizer.peak_lr} or turn on "
             "optimizer.clip, and resume."
         )

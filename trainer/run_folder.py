@@ -1,8 +1,9 @@
 """The run folder: a run that explains itself and can be continued.
 
-`open_run_folder` decides where a run lives and whether it continues, and refuses to continue with a model or
-a data order other than the one the checkpoints were made with. The folder holds `config.toml` (valid as a
-recipe), `plan.json`, `environment.json`, `tokenizer.json`, metrics, pictures, samples and `checkpoints/`.
+`open_run_folder` decides where a run lives and whether it continues, and refuses to continue with a
+model or a data order other than the one the checkpoints were made with. The folder holds
+`config.toml` (valid as a recipe), `plan.json`, `environment.json`, `tokenizer.json`, metrics,
+pictures, samples and `checkpoints/`.
 """
 
 import json
@@ -51,7 +52,8 @@ def open_run_folder(config: RunConfig) -> RunFolder:
     """Choose the run folder and create it; called by rank 0 only.
 
     Raises:
-        ConfigError: The folder belongs to something else, or to a run that this recipe cannot continue.
+        ConfigError: The folder belongs to something else, or to a run that this recipe cannot
+            continue.
     """
     path = Path(config.run.dir).expanduser() if config.run.dir else next_folder(config.run.name)
     path = path.absolute()
@@ -88,7 +90,8 @@ def continuation_notes(saved: RunConfig, asked: RunConfig, path: Path) -> tuple[
     before, after = flatten(saved), flatten(asked)
     changed = [key for key in after if before.get(key) != after[key]]
     refused = [
-        f"{key}={show(after[key])}: the run in {path} was started with {show(before.get(key))}, and its "
+        f"{key}={show(after[key])}: the run in {path} was started with {show(before.get(key))}, "
+        "and its "
         f"checkpoints do not fit another; type {key}={show(before.get(key))} or another run.dir"
         for key in changed
         if is_fixed(key)
@@ -135,7 +138,8 @@ def read_config(run: Path) -> RunConfig:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{run}: is not a run folder (no config.toml in it); give a folder that `interlace train` made"
+            f"{run}: is not a run folder (no config.toml in it); give a folder that `interlace "
+            "train` made"
         ) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error

@@ -1,7 +1,7 @@
 """Text from a model, token by token, with a cache of keys and values.
 
-The prompt opens with the end-of-text token, as every document does in training, and sampling ends at the
-next one. Positions beyond the trained sequence length simply continue; quality falls there.
+The prompt opens with the end-of-text token, as every document does in training, and sampling ends
+at the next one. Positions beyond the trained sequence length simply continue; quality falls there.
 """
 
 from collections.abc import Iterator, Sequence

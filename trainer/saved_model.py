@@ -1,4 +1,6 @@
-"""A trained model from its run folder: weights, shape and tokenizer, without the rest of the run."""
+"""A trained model from its run folder: weights, shape and tokenizer, without the rest of the
+run.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

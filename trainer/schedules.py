@@ -1,7 +1,8 @@
-"""Learning rate schedules: pure functions of the step, so that a resumed run has nothing to restore.
+"""Learning rate schedules: pure functions of the step, so that a resumed run has nothing to
+restore.
 
-Step `s` counts from 0; warm-up reaches the peak at step `warmup_steps`. Sources: cosine (Loshchilov and
-Hutter 2017), warm-up-stable-decay (Hu et al. 2024, MiniCPM, section 4).
+Step `s` counts from 0; warm-up reaches the peak at step `warmup_steps`. Sources: cosine (Loshchilov
+and Hutter 2017), warm-up-stable-decay (Hu et al. 2024, MiniCPM, section 4).
 """
 
 import math

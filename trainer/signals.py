@@ -1,7 +1,8 @@
 """Stopping on request: the first SIGTERM or SIGINT finishes the step, the second exits at once.
 
-The handler only notes the signal. The loop asks at the end of every step, and all ranks agree on the answer
-together with the loss, so that they leave after the same step with a committed checkpoint.
+The handler only notes the signal. The loop asks at the end of every step, and all ranks agree on
+the answer together with the loss, so that they leave after the same step with a committed
+checkpoint.
 """
 
 import os

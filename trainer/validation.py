@@ -1,7 +1,8 @@
 """Held-out loss: nats per token, bits per byte and perplexity over a fixed set of rows.
 
-Bits per byte make tokenizers comparable: nats per token / ln 2, times tokens per byte of text over the whole
-validation split. The rows are the same at every validation and the training state is not touched.
+Bits per byte make tokenizers comparable: nats per token / ln 2, times tokens per byte of text over
+the whole validation split. The rows are the same at every validation and the training state is not
+touched.
 """
 
 import math
@@ -17,7 +18,9 @@ from interlace.trainer.world import World
 
 @dataclass(frozen=True)
 class Validation:
-    """One validation: mean loss in nats per token, bits per byte of text, perplexity, seconds taken."""
+    """One validation: mean loss in nats per token, bits per byte of text, perplexity, seconds
+    taken.
+    """
 
     loss: float
     bits_per_byte: float

@@ -1,13 +1,14 @@
 """The ranks of a run as a value: who I am, how many we are, on which device, and how we agree.
 
-A `World` is passed to whatever needs it; nothing reads ranks from globals. `process_group` opens the world
-that the environment describes (torchrun sets RANK, WORLD_SIZE and LOCAL_RANK) and closes it again.
+A `World` is passed to whatever needs it; nothing reads ranks from globals. `process_group` opens
+the world that the environment describes (torchrun sets RANK, WORLD_SIZE and LOCAL_RANK) and closes
+it again.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -28,7 +29,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -49,7 +50,9 @@ class World:
         return box[0]
 
     def on_main(self, action: Callable[[], Value]) -> Value:
-        """Run `action` on rank 0 and return its result on every rank; a `UserError` reaches all ranks."""
+        """Run `action` on rank 0 and return its result on every rank; a `UserError` reaches all
+        ranks.
+        """
         if self.size == 1:
             return action()
         outcome: tuple[Value | None, UserError | None] = (None, None)
@@ -80,12 +83,12 @@ class World:
 
 
 @contextmanager
-def process_group() -> Iterator[World]:
+def process_group() -> Generator[World]:
     """Open the world that the environment describes: one process, or the ranks torchrun started.
 
     Yields:
-        This process's `World`. With several ranks the default process group (gloo on CPUs, NCCL with gloo
-        for host tensors on GPUs) exists inside the context and is destroyed after it.
+        This process's `World`. With several ranks the default process group (gloo on CPUs, NCCL
+        with gloo for host tensors on GPUs) exists inside the context and is destroyed after it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))

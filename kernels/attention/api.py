@@ -1,4 +1,6 @@
-"""The one attention call of the project: checks its inputs, builds the mask if one is needed, picks a back end."""
+"""The one attention call of the project: checks its inputs, builds the mask if one is needed,
+picks a back end.
+"""
 
 import math
 from typing import Literal
@@ -26,11 +28,14 @@ def attention(
         q: (B, H, T, K), fp64, fp32, fp16 or bf16.
         k: (B, G, S, K), G divides H.
         v: (B, G, S, K).
-        causal: Position sees itself and what came before; with T < S the queries are the last T positions.
-        segments: (B, S) integers; a position sees only positions of equal segment. The queries' segments
+        causal: Position sees itself and what came before; with T < S the queries are the last T
+            positions. segments: (B, S) integers; a position sees only positions of equal segment.
+            The queries'
+            segments
             are the last T.
         scale: Factor on the scores; K ** -0.5 by default.
-        backend: `sdpa` (torch's fused kernels, differentiable once), `reference` (plain, any order), or
+        backend: `sdpa` (torch's fused kernels, differentiable once), `reference` (plain, any
+            order), or
             `auto`, which takes `sdpa`.
 
     Returns:
@@ -72,10 +77,13 @@ class FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, *grads: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] - torch types it as Any
-        """Pass the gradient on, unless a graph of it is wanted (grad mode is on inside backward)."""
+        """Pass the gradient on, unless a graph of it is wanted (grad mode is on inside
+        backward).
+        """
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "attention: a second derivative was asked for (create_graph=True), but the sdpa back end "
+                "attention: a second derivative was asked for (create_graph=True), but the sdpa "
+                "back end "
                 'has only the first; call attention(..., backend="reference")'
             )
         return grads[0]
@@ -84,7 +92,9 @@ class FirstOrder(torch.autograd.Function):
 def allowed(
     length: int, total: int, causal: bool, segments: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor | None:
-    """Return the mask of allowed pairs, broadcastable to (B, H, T, S), or None where all are allowed."""
+    """Return the mask of allowed pairs, broadcastable to (B, H, T, S), or None where all are
+    allowed.
+    """
     mask = None
     if causal and length > 1:
         queries = torch.arange(total - length, total, device=device)
@@ -109,10 +119,13 @@ def check_inputs(
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"attention: there are more queries than keys: {shapes}")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"attention: one floating dtype is needed; got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise ValueError(
+            f"attention: one floating dtype is needed; got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
     if not q.device == k.device == v.device:
         raise ValueError(f"attention: one device is needed; got {q.device}, {k.device}, {v.device}")
     if segments is not None and segments.shape != (k.shape[0], k.shape[2]):
         raise ValueError(
-            f"attention: segments must be (B, S) = {[k.shape[0], k.shape[2]]}; got {list(segments.shape)}"
+            f"attention: segments must be (B, S) = {[k.shape[0], k.shape[2]]}; got "
+            f"{list(segments.shape)}"
         )

@@ -12,8 +12,8 @@ def attention(
         q: (B, H, T, K).
         k: (B, G, S, K), G divides H.
         v: (B, G, S, K).
-        mask: Booleans that broadcast to (B, H, T, S), true where attention is allowed; None allows all.
-        scale: Factor on the scores.
+        mask: Booleans that broadcast to (B, H, T, S), true where attention is allowed; None allows
+            all. scale: Factor on the scores.
 
     Returns:
         (B, H, T, K).

@@ -1,7 +1,8 @@
-"""Attention by torch's `scaled_dot_product_attention`, which picks a fused kernel; first order only.
+"""Attention by torch's `scaled_dot_product_attention`, which picks a fused kernel; first order
+only.
 
-The fused kernels have no double backward. torch's CPU and GPU kernels raise when a second derivative is
-asked for; `interlace.kernels.attention` words the remedy before that (see `api`).
+The fused kernels have no double backward. torch's CPU and GPU kernels raise when a second
+derivative is asked for; `interlace.kernels.attention` words the remedy before that (see `api`).
 """
 
 import torch

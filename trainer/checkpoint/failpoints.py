@@ -97,7 +97,7 @@ def _visit(name: str, setting: str) -> None:
     if armed.name != name or (rank is not None and _parse_rank(rank) != _own_rank()):
         return
     _visits[name] += 1
-    if _visits[name] <= armed.visit:
+    if _visits[name] == armed.visit:
         _ACTIONS[armed.action](name)
 
 

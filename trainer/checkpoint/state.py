@@ -1,9 +1,9 @@
 """What a checkpoint of a training run holds, and how all ranks save and load it together.
 
 Tensors: fp32 weights and optimizer moments under canonical names (`model.<parameter>`,
-`optimizer.<parameter>.<moment>`). Scalars, as JSON in the manifest: step, tokens, skipped steps, the RNG
-state of every rank, the digest of the corpus and the configuration. The learning rate schedule and the data
-order are pure functions of the step and need nothing more.
+`optimizer.<parameter>.<moment>`). Scalars, as JSON in the manifest: step, tokens, skipped steps,
+the RNG state of every rank, the digest of the corpus and the configuration. The learning rate
+schedule and the data order are pure functions of the step and need nothing more.
 """
 
 import base64
@@ -62,7 +62,7 @@ class RandomState(BaseModel):
     @classmethod
     def capture(cls, device: torch.device) -> "RandomState":
         """Read the generators of this process."""
-        words = numpy.random.get_state(legacy=True)  # noqa: NPY002 - the global generator is the state
+        words = numpy.random.get_state(legacy=True)
         assert isinstance(words, tuple)
         on_gpu = device.type == "cuda"
         return cls(
@@ -103,7 +103,9 @@ class TrainingState:
     world: World
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return every tensor of the state by canonical name; parts of it are this rank's shards."""
+        """Return every tensor of the state by canonical name; parts of it are this rank's
+        shards.
+        """
         named: dict[str, torch.Tensor] = {}
         for name, parameter in self.model.named_parameters():
             named[f"model.{name}"] = parameter
@@ -152,7 +154,8 @@ def save(
         The committed folder on rank 0, None on the others.
 
     Raises:
-        SaveError: Some rank could not write (disk full, for one), or a newer attempt has taken over; the
+        SaveError: Some rank could not write (disk full, for one), or a newer attempt has taken
+            over; the
             unfinished folder is removed and older checkpoints are as they were.
     """
     world, step = state.world, progress.step
@@ -175,7 +178,9 @@ def write_and_publish(
     scalars: Mapping[str, object],
     progress: Progress,
 ) -> str | None:
-    """Write this rank's file, gather all ranks' records, publish on rank 0; return a failure or None."""
+    """Write this rank's file, gather all ranks' records, publish on rank 0; return a failure or
+    None.
+    """
     world, step = state.world, progress.step
     folder = store.inflight_path(step, attempt)
     name = f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
@@ -265,8 +270,8 @@ class Restored:
 def load_newest(store: CheckpointStore, state: TrainingState) -> Restored:
     """Restore the newest checkpoint whose files are intact, on every rank, and say which were not.
 
-    Every rank checks the digests of the files it reads before any tensor is touched; if one rank finds a
-    broken file, all ranks turn to the checkpoint before.
+    Every rank checks the digests of the files it reads before any tensor is touched; if one rank
+    finds a broken file, all ranks turn to the checkpoint before.
 
     Raises:
         CheckpointError: There is a checkpoint, but none is intact, or it does not fit the model.
@@ -311,7 +316,8 @@ def restore(opened: OpenCheckpoint, state: TrainingState) -> None:
 
 
 def read_weights(store: CheckpointStore) -> tuple[dict[str, torch.Tensor], SavedScalars]:
-    """Return the model weights of the newest intact checkpoint, whole and on the CPU, and its scalars.
+    """Return the model weights of the newest intact checkpoint, whole and on the CPU, and its
+    scalars.
 
     Raises:
         CheckpointError: There is no intact checkpoint.

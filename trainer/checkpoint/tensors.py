@@ -1,8 +1,10 @@
-"""The tensor layer over the commit protocol: shards in safetensors, one canonical index over all of them.
+"""The tensor layer over the commit protocol: shards in safetensors, one canonical index over all of
+them.
 
-Every rank writes the slices it owns into one file of its own, in parallel. The index names each tensor once,
-by its canonical name, with its global shape and where each slice lies; it knows nothing of ranks, so any
-number of ranks reads what any other number wrote, by intersecting slices. Reading never unpickles.
+Every rank writes the slices it owns into one file of its own, in parallel. The index names each
+tensor once, by its canonical name, with its global shape and where each slice lies; it knows
+nothing of ranks, so any number of ranks reads what any other number wrote, by intersecting slices.
+Reading never unpickles.
 """
 
 import json
@@ -43,7 +45,9 @@ class Slice(BaseModel):
 
 
 class TensorEntry(BaseModel):
-    """One global tensor: safetensors dtype name, shape, and the slices that cover it exactly once."""
+    """One global tensor: safetensors dtype name, shape, and the slices that cover it exactly
+    once.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     dtype: str
@@ -93,7 +97,8 @@ def local_part(tensor: torch.Tensor, rank: int) -> LocalPart:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], rank: int
 ) -> tuple[FileRecord, TensorIndex]:
-    """Write the parts of `tensors` that this rank owns into one safetensors file, hashed while written.
+    """Write the parts of `tensors` that this rank owns into one safetensors file, hashed while
+    written.
 
     Raises:
         SaveError: The file could not be written.
@@ -112,10 +117,12 @@ def write_tensors(
 
 
 def safetensors_chunks(parts: Mapping[str, LocalPart]) -> Iterator[bytes | memoryview]:
-    """Yield a safetensors file piece by piece: one tensor at a time is in host memory twice at most.
+    """Yield a safetensors file piece by piece: one tensor at a time is in host memory twice at
+    most.
 
-    The library's own writer wants the whole file in memory before it can be hashed. Layout: eight bytes of
-    header length (little-endian), a JSON header padded to eight bytes, the tensors' bytes in header order.
+    The library's own writer wants the whole file in memory before it can be hashed. Layout: eight
+    bytes of header length (little-endian), a JSON header padded to eight bytes, the tensors' bytes
+    in header order.
     """
     header: dict[str, object] = {}
     position = 0
@@ -138,7 +145,9 @@ def safetensors_chunks(parts: Mapping[str, LocalPart]) -> Iterator[bytes | memor
 
 
 def merge_indexes(indexes: Sequence[TensorIndex]) -> TensorIndex:
-    """Join the indexes of all ranks and check that every element of every tensor is held exactly once."""
+    """Join the indexes of all ranks and check that every element of every tensor is held exactly
+    once.
+    """
     merged: TensorIndex = {}
     for index in indexes:
         for name, entry in index.items():
@@ -156,7 +165,7 @@ def check_coverage(name: str, entry: TensorEntry) -> None:
     inside = all(
         len(part.offset) == len(part.shape) == len(entry.shape)
         and all(
-            0 <= start and start + size <= whole
+            start >= 0 and start + size <= whole
             for start, size, whole in zip(part.offset, part.shape, entry.shape, strict=True)
         )
         for part in entry.slices
@@ -169,7 +178,8 @@ def check_coverage(name: str, entry: TensorEntry) -> None:
     )
     if not (inside and apart and held == prod(entry.shape)):
         raise CheckpointError(
-            f"tensor {name}: its slices hold {held:,} of {prod(entry.shape):,} elements, or overlap; "
+            f"tensor {name}: its slices hold {held:,} of {prod(entry.shape):,} elements, or "
+            "overlap; "
             "the checkpoint cannot be trusted"
         )
 
@@ -228,8 +238,10 @@ class TensorReader:
             raise CheckpointError(f"tensor {name}: missing from the checkpoint")
         if entry.shape != shape or entry.dtype != DTYPE_NAMES[dtype]:
             raise CheckpointError(
-                f"tensor {name}: the checkpoint holds {entry.dtype} {list(entry.shape)}, the model needs "
-                f"{DTYPE_NAMES[dtype]} {list(shape)}; resume with the configuration it was saved under"
+                f"tensor {name}: the checkpoint holds {entry.dtype} {list(entry.shape)}, the "
+                "model needs "
+                f"{DTYPE_NAMES[dtype]} {list(shape)}; resume with the configuration it was saved "
+                "under"
             )
         return entry
 

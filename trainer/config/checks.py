@@ -1,7 +1,7 @@
 """What the schema alone cannot see: small named checks over settings that depend on each other.
 
-Every check returns None or one message with key, value, reason and remedy; a user sees all of them at once,
-together with what the schema refused.
+Every check returns None or one message with key, value, reason and remedy; a user sees all of them
+at once, together with what the schema refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,7 +46,10 @@ def without(tables: Mapping[str, object], keys: list[str]) -> dict[str, object]:
         kept[section] = {
             key: value
             for key, value in cast(dict[str, object], values).items()
-            if not any(refused == f"{section}.{key}" or refused.startswith(f"{section}.{key}.") for refused in keys)
+            if not any(
+                refused == f"{section}.{key}" or refused.startswith(f"{section}.{key}.")
+                for refused in keys
+            )
         }
     return kept
 
@@ -79,7 +82,8 @@ def head_width_is_even(config: RunConfig) -> str | None:
     if width % 2 == 0:
         return None
     return (
-        f"model.head_width={width}: rotary position embedding turns pairs of coordinates, so it must be "
+        f"model.head_width={width}: rotary position embedding turns pairs of coordinates, so it "
+        "must be "
         f"even; type model.head_width={width + 1}"
     )
 
@@ -106,7 +110,8 @@ def pattern_is_known(config: RunConfig) -> str | None:
         return None
     return (
         f"model.pattern={config.model.pattern}: no block is registered as {', '.join(unknown)}; "
-        f"known letters: {', '.join(f'{letter} ({name})' for letter, name in sorted(known.items()))}"
+        "known letters: "
+        f"{', '.join(f'{letter} ({name})' for letter, name in sorted(known.items()))}"
     )
 
 

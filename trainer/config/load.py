@@ -1,8 +1,10 @@
-"""How a recipe becomes a `RunConfig`: find it, follow `extends`, apply overrides, check, remember origins.
+"""How a recipe becomes a `RunConfig`: find it, follow `extends`, apply overrides, check, remember
+origins.
 
-A recipe is a TOML file: a `description`, optionally `extends = "other"`, and tables that name the sections
-of `RunConfig`. Later layers win: defaults, the extended recipes from the root down, the recipe itself, then
-`section.key=value` overrides. Every value's history is kept, so that `interlace why` can tell it.
+A recipe is a TOML file: a `description`, optionally `extends = "other"`, and tables that name the
+sections of `RunConfig`. Later layers win: defaults, the extended recipes from the root down, the
+recipe itself, then `section.key=value` overrides. Every value's history is kept, so that `interlace
+why` can tell it.
 """
 
 import tomllib
@@ -79,7 +81,9 @@ def recipes_folder() -> Path:
 
 
 def find_recipe(name: str, beside: Path | None = None) -> Path:
-    """Return the file of a recipe: a path as it is, a bare name from `beside` or the shipped ones."""
+    """Return the file of a recipe: a path as it is, a bare name from `beside` or the shipped
+    ones.
+    """
     shipped = recipes_folder() / f"{name}.toml"
     if name.endswith(".toml") or "/" in name:
         path = Path(name).expanduser()
@@ -101,7 +105,9 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
 
 
 def read_toml(path: Path) -> Table:
-    """Parse one TOML file; an unreadable or malformed one is a `ConfigError` naming file and line."""
+    """Parse one TOML file; an unreadable or malformed one is a `ConfigError` naming file and
+    line.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -150,7 +156,9 @@ def parse_overrides(overrides: Sequence[str]) -> Table:
         key, equals, text = word.partition("=")
         section, dot, field = key.strip().partition(".")
         if not (equals and dot and section and field):
-            problems.append(f"{word!r}: not an override; write it as section.key=value, as in train.steps=100")
+            problems.append(
+                f"{word!r}: not an override; write it as section.key=value, as in train.steps=100"
+            )
             continue
         tables.setdefault(section, {})[field] = parse_value(section, field, text.strip())
     if problems:
@@ -174,7 +182,9 @@ def parse_value(section: str, field: str, text: str) -> object:
 def annotation_of(section: str, field: str) -> object:
     """Return the declared type of a setting, or None for an unknown one."""
     info = RunConfig.model_fields.get(section)
-    if info is None or not (isinstance(info.annotation, type) and issubclass(info.annotation, Section)):
+    if info is None or not (
+        isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+    ):
         return None
     leaf = info.annotation.model_fields.get(field)
     return None if leaf is None else leaf.annotation

@@ -1,7 +1,7 @@
 """Turns schema errors into sentences that name key, value, reason and remedy.
 
-Near misses are found by spelling and by synonym: people bring `learning_rate`, `batch_size` and `seq_len`
-from other systems.
+Near misses are found by spelling and by synonym: people bring `learning_rate`, `batch_size` and
+`seq_len` from other systems.
 """
 
 import difflib
@@ -77,7 +77,9 @@ def sections() -> dict[str, type[Section]]:
     """Return the sections of a recipe by name."""
     kinds = {name: info.annotation for name, info in RunConfig.model_fields.items()}
     return {
-        name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)
+        name: kind
+        for name, kind in kinds.items()
+        if isinstance(kind, type) and issubclass(kind, Section)
     }
 
 
@@ -171,12 +173,26 @@ def reason(key: str, details: ErrorDetails) -> str:
 def remedy(key: str, details: ErrorDetails) -> str:
     """Say what to type instead."""
     value = details["input"]
-    if details["type"] in {"int_type", "int_from_float"} and isinstance(value, float) and value == int(value):
+    if (
+        details["type"] in {"int_type", "int_from_float"}
+        and isinstance(value, float)
+        and value == int(value)
+    ):
         return f"type {key}={int(value)}"
-    if details["type"] == "bool_type" and str(value).lower() in {"true", "false", "yes", "no", "on", "off"}:
+    if details["type"] == "bool_type" and str(value).lower() in {
+        "true",
+        "false",
+        "yes",
+        "no",
+        "on",
+        "off",
+    }:
         return f"type {key}={'true' if str(value).lower() in {'true', 'yes', 'on'} else 'false'}"
     if details["type"] == "literal_error":
-        choices = [choice.strip(" '") for choice in str(details.get("ctx", {})["expected"]).replace(" or ", ",").split(",")]
+        choices = [
+            choice.strip(" '")
+            for choice in str(details.get("ctx", {})["expected"]).replace(" or ", ",").split(",")
+        ]
         close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
         return f"type {key}={(close or choices)[0]}"
     section, _, leaf = key.partition(".")

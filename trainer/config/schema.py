@@ -1,7 +1,9 @@
-"""The schema of a recipe: one frozen section per concern, a docstring per setting, units in the names.
+"""The schema of a recipe: one frozen section per concern, a docstring per setting, units in the
+names.
 
-`RunConfig` holds what the user asked for and nothing derived: `interlace.trainer.plan.resolve` turns it
-into what will happen. Values that depend on each other are checked in `interlace.trainer.config.checks`.
+`RunConfig` holds what the user asked for and nothing derived: `interlace.trainer.plan.resolve`
+turns it into what will happen. Values that depend on each other are checked in
+`interlace.trainer.config.checks`.
 """
 
 from typing import Annotated, Literal
@@ -14,7 +16,9 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, unknown keys refused, no silent conversion between types."""
+    """Base of every section: immutable, unknown keys refused, no silent conversion between
+    types.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, strict=True
@@ -25,7 +29,9 @@ class RunSection(Section):
     """Where the run lives and what makes it repeatable."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
-    """Names the run folder where `run.dir` does not; a recipe's own name unless it says otherwise."""
+    """Names the run folder where `run.dir` does not; a recipe's own name unless it says
+    otherwise.
+    """
 
     dir: str = ""
     """Run folder; empty means `runs/<name>-<number>`. An existing run folder is resumed."""
@@ -56,7 +62,9 @@ class ModelSection(Section):
     """Width of one head; unset means `width / heads`."""
 
     ffn_width: PositiveInt | None = None
-    """Hidden width of a feed-forward block; unset means 8/3 of the width, rounded up to a multiple of 64."""
+    """Hidden width of a feed-forward block; unset means 8/3 of the width, rounded up to a
+    multiple of 64.
+    """
 
     query_key_norm: bool = False
     """Normalise queries and keys per head (RMSNorm) before the rotary embedding."""
@@ -75,7 +83,9 @@ class SourceSection(Section):
     """One source of a mixture."""
 
     source: Annotated[str, Field(min_length=1)]
-    """`stdlib`, a file or glob (`corpus/*.jsonl`), `KIND:LOCATION`, or a Hugging Face dataset name."""
+    """`stdlib`, a file or glob (`corpus/*.jsonl`), `KIND:LOCATION`, or a Hugging Face dataset
+    name.
+    """
 
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """Share of this source in the mixture, counted in tokens, relative to the other weights."""
@@ -103,13 +113,17 @@ class DataSection(Section):
     """`bytes`, `bpe` (byte-level BPE trained on the sources), or the path of a `tokenizer.json`."""
 
     vocabulary_size: Annotated[int, Field(ge=258)] = 4096
-    """Entries of a BPE vocabulary trained here, the end-of-text token included; others bring their own."""
+    """Entries of a BPE vocabulary trained here, the end-of-text token included; others bring
+    their own.
+    """
 
     sequence_length: Annotated[int, Field(ge=2)] = 256
     """Tokens per row that the model sees and predicts."""
 
     respect_documents: bool = True
-    """Attention never crosses a document boundary and positions restart there; false packs blindly."""
+    """Attention never crosses a document boundary and positions restart there; false packs
+    blindly.
+    """
 
     validation_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
     """Share of the documents held out for validation, chosen by hash."""
@@ -192,7 +206,9 @@ class OptimizerSection(Section):
     """Steps over which the learning rate rises linearly from zero."""
 
     decay_fraction: Fraction = 0.4
-    """With `schedule = "wsd"`: share of the steps, at the end, over which the rate falls linearly."""
+    """With `schedule = "wsd"`: share of the steps, at the end, over which the rate falls
+    linearly.
+    """
 
     final_lr_fraction: Fraction = 0.0
     """Learning rate at the last step as a share of the peak (cosine and wsd)."""
@@ -215,7 +231,9 @@ class CheckpointSection(Section):
     """Newest checkpoints that stay."""
 
     keep_every_steps: NonNegativeInt = 0
-    """Checkpoints whose step is a multiple of this stay for good; 0 keeps none beyond the newest."""
+    """Checkpoints whose step is a multiple of this stay for good; 0 keeps none beyond the
+    newest.
+    """
 
 
 class ObserveSection(Section):

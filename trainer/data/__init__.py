@@ -1,1 +1,3 @@
-"""Text to rows of tokens: sources, tokenizers, preparation once, and an order that needs no state."""
+"""Text to rows of tokens: sources, tokenizers, preparation once, and an order that needs no
+state.
+"""

@@ -1,8 +1,9 @@
-"""Which row comes when: a pure function of the seed, so that a checkpoint stores nothing but the step.
+"""Which row comes when: a pure function of the seed, so that a checkpoint stores nothing but the
+step.
 
-`Permutation` is a seeded bijection without a table (a Feistel network with cycle walking; Black and Rogaway
-2002, Ciphers with Arbitrary Finite Domains). `Mixture` spreads several sources over a fixed table of slots in
-the proportion of their weights; rows have equal length, so weights count tokens.
+`Permutation` is a seeded bijection without a table (a Feistel network with cycle walking; Black and
+Rogaway 2002, Ciphers with Arbitrary Finite Domains). `Mixture` spreads several sources over a fixed
+table of slots in the proportion of their weights; rows have equal length, so weights count tokens.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ class Permutation:
         if size < 1:
             raise ValueError(f"a permutation needs at least one element, got {size}")
         self.size = size
-        # Two halves of equal width hold every number below the size; walking needs four tries at most.
+        # Two halves of equal width hold every number below the size; walking needs four tries at
+        # most.
         self.half_bits = max(1, -(-(size - 1).bit_length() // 2))
         self.keys = [mix(seed, number + 1) for number in range(ROUNDS)]
 
@@ -88,7 +90,9 @@ class Mixture:
         self.permutations: dict[tuple[int, int], Permutation] = {}
 
     def __getitem__(self, number: int) -> SourceRow:
-        """Return row `number` of the order; every row of a source comes once in each of its epochs."""
+        """Return row `number` of the order; every row of a source comes once in each of its
+        epochs.
+        """
         table, slot = divmod(number, SLOTS)
         source = self.slots[slot]
         occurrence = table * self.per_table[source] + self.rank_in_table[slot]

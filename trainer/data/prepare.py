@@ -1,9 +1,9 @@
 """Tokenise once: sources in, a prepared corpus out, in parallel, atomically, with flat memory.
 
-The folder's name carries a digest of everything that the tokens depend on, so that a second call finds the
-work done and changed input makes a new folder. Work is cut into tasks that do not depend on the number of
-processes, hence neither does the result. Everything is written into a folder beside the final one, which is
-renamed when the index is in place.
+The folder's name carries a digest of everything that the tokens depend on, so that a second call
+finds the work done and changed input makes a new folder. Work is cut into tasks that do not depend
+on the number of processes, hence neither does the result. Everything is written into a folder
+beside the final one, which is renamed when the index is in place.
 """
 
 import fcntl
@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -168,14 +168,15 @@ def prepare(data: DataSection, announce: Callable[[str], None]) -> PreparedCorpu
             raise
         corpus = read_corpus(inputs.folder)
         announce(
-            f"prepared {corpus.tokens('train'):,} training and {corpus.tokens('validation'):,} validation "
+            f"prepared {corpus.tokens('train'):,} training and {corpus.tokens('validation'):,} "
+            "validation "
             f"tokens, vocabulary {index.vocabulary_size:,}"
         )
         return corpus
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Generator[None]:
     """Hold the lock of one corpus folder, so that two preparers take turns."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")
@@ -199,7 +200,9 @@ def build(inputs: Inputs, working: Path) -> Index:
         validation = join_splits([result.validation for result in own])
         if not (train.tokens and validation.tokens):
             whole = join_splits([train, validation])
-            train, validation = hold_out_tail(working, number, dtype, whole, data.validation_fraction)
+            train, validation = hold_out_tail(
+                working, number, dtype, whole, data.validation_fraction
+            )
         sources.append(
             SourceIndex(description=spec.description, train=train, validation=validation)
         )
@@ -273,7 +276,9 @@ def cut_tasks(inputs: Inputs, working: Path, dtype: str) -> list[Task]:
 
 
 def run_tasks(tasks: list[Task], workers: int) -> list[TaskResult]:
-    """Run all tasks, here or in processes, with a progress bar on a terminal; results in task order."""
+    """Run all tasks, here or in processes, with a progress bar on a terminal; results in task
+    order.
+    """
     with progress_bar(sum(task.bytes for task in tasks)) as advance:
         if min(workers, len(tasks)) == 1:
             results: list[TaskResult] = []
@@ -281,7 +286,8 @@ def run_tasks(tasks: list[Task], workers: int) -> list[TaskResult]:
                 results.append(run_task(task))
                 advance(task.bytes)
             return results
-        # Spawned, not forked: the parent has threads. The caller's own module is imported again there.
+        # Spawned, not forked: the parent has threads. The caller's own module is imported again
+        # there.
         with ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn")) as pool:
             futures = [pool.submit(run_task, task) for task in tasks]
             try:
@@ -294,7 +300,7 @@ def run_tasks(tasks: list[Task], workers: int) -> list[TaskResult]:
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int) -> Generator[Callable[[int], None]]:
     """Draw a bar over input bytes where standard error is a terminal."""
     if not sys.stderr.isatty():
         yield lambda _: None
@@ -380,8 +386,10 @@ def quarantine(inputs: Inputs, working: Path, results: list[TaskResult]) -> int:
         kept = inputs.folder.with_name(f"{inputs.folder.name}.{QUARANTINE_NAME}")
         kept.write_text(text, encoding="utf-8")
         raise DataError(
-            f"{len(bad)} of {total} rows are bad, more than data.bad_row_budget={budget} allows; they are "
-            f"listed in {kept}. The first: {place(bad[0])}: {bad[0].reason}. Mend them, or raise the budget"
+            f"{len(bad)} of {total} rows are bad, more than data.bad_row_budget={budget} allows; "
+            "they are "
+            f"listed in {kept}. The first: {place(bad[0])}: {bad[0].reason}. Mend them, or raise "
+            "the budget"
         )
     return len(bad)
 

@@ -1,8 +1,8 @@
 """Rows of tokens from a prepared corpus: training rows by (step, number), validation rows in order.
 
-A row holds `sequence_length + 1` tokens: inputs and, shifted by one, their targets. Row `r` of a source
-begins at token `r * sequence_length` of its stream. Documents are told apart by the end-of-text token that
-opens each of them.
+A row holds `sequence_length + 1` tokens: inputs and, shifted by one, their targets. Row `r` of a
+source begins at token `r * sequence_length` of its stream. Documents are told apart by the
+end-of-text token that opens each of them.
 """
 
 from collections.abc import Sequence
@@ -34,12 +34,14 @@ class TrainingRows:
         for source, count, stream in zip(corpus.index.sources, counts, self.streams, strict=True):
             if count < 1:
                 raise DataError(
-                    f"data.source={source.description}: holds {len(stream):,} training tokens, less than "
+                    f"data.source={source.description}: holds {len(stream):,} training tokens, "
+                    "less than "
                     f"one row of data.sequence_length={self.length}; lower it or add text"
                 )
         if sum(counts) < self.rows_per_step:
             raise DataError(
-                f"data.source holds {sum(counts) * self.length:,} training tokens in whole rows, less than "
+                f"data.source holds {sum(counts) * self.length:,} training tokens in whole rows, "
+                "less than "
                 f"one step of train.tokens_per_step={config.train.tokens_per_step}; type "
                 f"train.tokens_per_step={sum(counts) * self.length} or less, or add text"
             )
@@ -57,7 +59,8 @@ class TrainingRows:
 
 
 class ValidationRows:
-    """The held-out rows that every validation reads: the first of each source, in proportion to the weights.
+    """The held-out rows that every validation reads: the first of each source, in proportion to the
+    weights.
 
     Raises:
         DataError: No source holds one row.
@@ -102,12 +105,16 @@ def streams_of(corpus: PreparedCorpus, split: SplitName) -> list[TokenStream]:
 
 
 def segments_of(tokens: Rows, end_of_text: int) -> Rows:
-    """Return the number of the document of each token, (B, T): end-of-text tokens met so far in its row."""
+    """Return the number of the document of each token, (B, T): end-of-text tokens met so far in
+    its row.
+    """
     return np.cumsum(tokens == end_of_text, axis=1)
 
 
 def positions_of(segments: Rows) -> Rows:
-    """Return the position of each token in its document, (B, T); a row's beginning counts from 0 too."""
+    """Return the position of each token in its document, (B, T); a row's beginning counts from 0
+    too.
+    """
     places = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
     opens = np.zeros(segments.shape, dtype=bool)
     opens[:, 1:] = segments[:, 1:] != segments[:, :-1]

@@ -1,7 +1,8 @@
-"""A prepared corpus on disk: shards of fixed-width token ids and the JSON index that vouches for them.
+"""A prepared corpus on disk: shards of fixed-width token ids and the JSON index that vouches for
+them.
 
-The index holds counts and the SHA-256 of every shard, and a digest of itself. Opening a corpus checks all of
-them, so that a flipped bit is an error with a file name and never a strange loss.
+The index holds counts and the SHA-256 of every shard, and a digest of itself. Opening a corpus
+checks all of them, so that a flipped bit is an error with a file name and never a strange loss.
 """
 
 import hashlib
@@ -136,7 +137,8 @@ class PreparedCorpus:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != shard.sha256:
             return (
-                f"corpus shard {path}: is corrupt (SHA-256 {found[:12]}, must be {shard.sha256[:12]})"
+                f"corpus shard {path}: is corrupt "
+                f"(SHA-256 {found[:12]}, must be {shard.sha256[:12]})"
             )
         return None
 
@@ -170,7 +172,11 @@ class TokenStream:
 
     def __init__(self, corpus: PreparedCorpus, split: Split) -> None:
         self.maps = [
-            np.memmap(corpus.folder / shard.file, dtype=f"<{np.dtype(corpus.index.dtype).str[1:]}", mode="r")
+            np.memmap(
+                corpus.folder / shard.file,
+                dtype=f"<{np.dtype(corpus.index.dtype).str[1:]}",
+                mode="r",
+            )
             for shard in split.shards
         ]
         self.starts = list(accumulate((len(part) for part in self.maps), initial=0))

@@ -1,7 +1,8 @@
-"""Tokenizers: bytes, a byte-level BPE trained here, or a `tokenizer.json`; all are saved as `tokenizer.json`.
+"""Tokenizers: bytes, a byte-level BPE trained here, or a `tokenizer.json`; all are saved as
+`tokenizer.json`.
 
-Every document opens with the end-of-text token, so that each target of a row means something: the first
-token of a text follows it, and the last token of a text is followed by the next document's.
+Every document opens with the end-of-text token, so that each target of a row means something: the
+first token of a text follows it, and the last token of a text is followed by the next document's.
 """
 
 import codecs
@@ -125,7 +126,7 @@ def train_bpe(texts: Iterator[str], vocabulary_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, backend.token_to_id(END_OF_TEXT), is_bytes=False)
+    return Tokenizer(backend, backend.get_vocab()[END_OF_TEXT], is_bytes=False)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -147,7 +148,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if found is None:
         special = sorted(token.content for token in backend.get_added_tokens_decoder().values())
         raise DataError(
-            f"{path}: has no end-of-text token under a known name ({', '.join(END_OF_TEXT_NAMES)}); "
+            f"{path}: has no end-of-text token under a known name "
+            f"({', '.join(END_OF_TEXT_NAMES)}); "
             f"its special tokens are {', '.join(special) or 'none'}; add {END_OF_TEXT} to it"
         )
     symbols = byte_symbols()

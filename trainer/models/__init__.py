@@ -1,1 +1,3 @@
-"""Models: blocks by letter (`registry`), the stack that a pattern spells (`language_model`), its cost."""
+"""Models: blocks by letter (`registry`), the stack that a pattern spells (`language_model`), its
+cost.
+"""

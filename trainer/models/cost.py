@@ -1,4 +1,6 @@
-"""What a model costs: parameters, FLOPs per token, activation bytes; sums over the blocks' own figures."""
+"""What a model costs: parameters, FLOPs per token, activation bytes; sums over the blocks' own
+figures.
+"""
 
 from interlace.trainer.config.schema import ModelSection
 from interlace.trainer.models.registry import Flops, mixer_class
@@ -15,7 +17,9 @@ def parameter_count(config: ModelSection, vocabulary_size: int) -> int:
 
 
 def flops_per_token(config: ModelSection, vocabulary_size: int, sequence_length: int) -> Flops:
-    """Return the matrix FLOPs of one token, forward and backward, as `FlopCounterMode` counts them."""
+    """Return the matrix FLOPs of one token, forward and backward, as `FlopCounterMode` counts
+    them.
+    """
     head = 2 * config.width * vocabulary_size
     total = Flops(head, 2 * head)
     for letter in config.pattern:
@@ -45,7 +49,8 @@ def activation_bytes(
     for letter in config.pattern:
         saved = mixer_class(letter).saved_elements(config)
         expensive += saved.expensive
-        # Besides its own, every block keeps its norm's input and output, and the inverse root per position.
+        # Besides its own, every block keeps its norm's input and output, and the inverse root per
+        # position.
         cheap += saved.cheap + 2 * config.width
         wide += saved.wide + 1
     whole_layer = (expensive + cheap) * bytes_per_element + 4 * wide

@@ -1,8 +1,10 @@
-"""The language model: embedding, a stack of pre-norm residual blocks spelled by a pattern, norm, head.
+"""The language model: embedding, a stack of pre-norm residual blocks spelled by a pattern, norm,
+head.
 
-A `Layer` is one repetition of the pattern; it is the unit of sharding, recomputation and compilation.
-Parameters are fp32 masters and are cast to the compute dtype where they are used. Initial values depend on
-the seed and the parameter's name only, so every number of ranks starts from the same weights.
+A `Layer` is one repetition of the pattern; it is the unit of sharding, recomputation and
+compilation. Parameters are fp32 masters and are cast to the compute dtype where they are used.
+Initial values depend on the seed and the parameter's name only, so every number of ranks starts
+from the same weights.
 """
 
 import hashlib
@@ -57,6 +59,10 @@ class Layer(nn.Module):
             x = block(x, context if caches is None else replace(context, cache=caches[number]))
         return x
 
+    def new_caches(self, batch: int, length: int, like: torch.Tensor) -> list[LayerCache | None]:
+        """Return one empty decoding state per block, in the dtype and on the device of `like`."""
+        return [block.mixer.new_cache(batch, length, like) for block in self.blocks]
+
 
 class LanguageModel(nn.Module):
     """Next-token model over a vocabulary."""
@@ -100,7 +106,9 @@ class LanguageModel(nn.Module):
     def logits(
         self, tokens: torch.Tensor, caches: Sequence[Sequence[LayerCache | None]] | None = None
     ) -> torch.Tensor:
-        """Return fp32 logits (B, T, V) of one document per row; with caches, of the tokens after them."""
+        """Return fp32 logits (B, T, V) of one document per row; with caches, of the tokens after
+        them.
+        """
         positions = None
         if caches is not None:
             start = next((c.length for layer in caches for c in layer if c is not None), 0)
@@ -132,10 +140,7 @@ class LanguageModel(nn.Module):
     def new_caches(self, batch: int, length: int) -> list[list[LayerCache | None]]:
         """Return empty decoding state for `length` positions: one entry per layer and block."""
         like = torch.empty(0, dtype=self.compute_dtype, device=self.embedding.weight.device)
-        return [
-            [block.mixer.new_cache(batch, length, like) for block in layer.blocks]
-            for layer in self.layers
-        ]
+        return [layer.new_caches(batch, length, like) for layer in self.layers]
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -149,8 +154,9 @@ def initial_value(
 ) -> torch.Tensor:
     """Return the fp32 initial value of one parameter: a function of its name and the seed.
 
-    Norm gains are 1. Matrices are normal with standard deviation 1 / sqrt(inputs); those that write into
-    the residual stream are divided by the root of the number of blocks (GPT-2), embedding and head use 0.02.
+    Norm gains are 1. Matrices are normal with standard deviation 1 / sqrt(inputs); those that write
+    into the residual stream are divided by the root of the number of blocks (GPT-2), embedding and
+    head use 0.02.
     """
     if len(shape) == 1:
         return torch.ones(shape)

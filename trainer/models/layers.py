@@ -1,7 +1,7 @@
 """The two leaf modules: a linear map and a norm whose fp32 weights are cast where they are used.
 
-Casting at use keeps one code path for one process and for FSDP2, whose gathered weights already come in the
-compute dtype. There are no biases.
+Casting at use keeps one code path for one process and for FSDP2, whose gathered weights already
+come in the compute dtype. There are no biases.
 """
 
 import torch

@@ -1,8 +1,9 @@
 """Blocks by letter: sequence mixers and channel mixers register themselves, one small file each.
 
-A mixer is a class built from the recipe's `[model]` table. It maps (B, T, D) to (B, T, D) and says what it
-costs, in class methods next to the layers they count. This module needs no torch, so that recipes can be
-checked before anything heavy is loaded: the built-in mixers are named here and imported when one is built.
+A mixer is a class built from the recipe's `[model]` table. It maps (B, T, D) to (B, T, D) and says
+what it costs, in class methods next to the layers they count. This module needs no torch, so that
+recipes can be checked before anything heavy is loaded: the built-in mixers are named here and
+imported when one is built.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ def register(letter: str, name: str, kind: MixerClass) -> MixerClass:
         raise ValueError(f"mixer letter {letter!r}: must be one capital letter, A to Z")
     taken = REGISTERED.get(letter)
     if taken is not None and taken[1].__qualname__ != kind.__qualname__:
-        raise ValueError(f"mixer letter {letter}: already means {taken[0]}; choose another for {name}")
+        raise ValueError(
+            f"mixer letter {letter}: already means {taken[0]}; choose another for {name}"
+        )
     REGISTERED[letter] = (name, kind)
     return kind
 
@@ -124,6 +127,8 @@ def mixer_class(letter: str) -> type[Mixer]:
     if letter not in REGISTERED and letter in BUILT_IN:
         importlib.import_module(BUILT_IN[letter][1])
     if letter not in REGISTERED:
-        known = ", ".join(f"{known} ({name})" for known, name in sorted(registered_letters().items()))
+        known = ", ".join(
+            f"{known} ({name})" for known, name in sorted(registered_letters().items())
+        )
         raise ConfigError([f"model.pattern={letter}: no such block; known letters: {known}"])
     return REGISTERED[letter][1]

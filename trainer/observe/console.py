@@ -40,13 +40,20 @@ class Console:
         """Draw the progress bar below the lines."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"))
+        columns = (
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[eta]}"),
+        )
         self.progress = Progress(*columns, transient=True)
         self.progress.start()
         self.bar = self.progress.add_task("step", total=self.total_steps, eta="")
 
     def step(self, record: StepRecord) -> None:
-        """Take note of a finished step; print its line if one is due, and its validation if there is one."""
+        """Take note of a finished step; print its line if one is due, and its validation if
+        there is one.
+        """
         if not self.is_main:
             return
         self.recent.append(record.step_seconds or 0.0)
@@ -59,7 +66,9 @@ class Console:
             self.print(self.validation_line(record))
 
     def seconds_left(self, step: int) -> float:
-        """Estimate the rest from the median of the recent steps, which one slow step does not move."""
+        """Estimate the rest from the median of the recent steps, which one slow step does not
+        move.
+        """
         ordered = sorted(self.recent)
         return ordered[len(ordered) // 2] * (self.total_steps - step)
 

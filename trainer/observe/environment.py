@@ -52,7 +52,9 @@ def processor_name() -> str:
 
 
 def source_revision() -> str | None:
-    """Return the git revision of the source tree, `-dirty` if it has changes; None outside a checkout."""
+    """Return the git revision of the source tree, `-dirty` if it has changes; None outside a
+    checkout.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

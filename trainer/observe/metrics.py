@@ -1,7 +1,8 @@
 """The record of a run: one JSON object a line in `metrics.jsonl`, and the same in TensorBoard.
 
-After a kill, lines beyond the checkpoint that training continues from are dropped, so that every step stands
-in the file exactly once. Floats are written with all their digits: equal text means equal bits.
+After a kill, lines beyond the checkpoint that training continues from are dropped, so that every
+step stands in the file exactly once. Floats are written with all their digits: equal text means
+equal bits.
 """
 
 import json
@@ -9,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
+from typing import Any, cast
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -67,7 +69,9 @@ class StepRecord:
 
 
 def to_line(record: StepRecord) -> str:
-    """Return a record as one line of JSON; numbers that are not finite, which JSON lacks, as text."""
+    """Return a record as one line of JSON; numbers that are not finite, which JSON lacks, as
+    text.
+    """
     values = {key: value for key, value in asdict(record).items() if value is not None}
     shown = {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -79,11 +83,11 @@ def to_line(record: StepRecord) -> str:
 def from_line(line: str) -> StepRecord | None:
     """Read one line; None for one that a kill has torn."""
     try:
-        values = json.loads(line)
+        values: dict[str, Any] = json.loads(line)
         known = {field.name for field in fields(StepRecord)}
         return StepRecord(
             **{
-                key: float(value) if isinstance(value, str) else value
+                key: cast(Any, float(value) if isinstance(value, str) else value)
                 for key, value in values.items()
                 if key in known
             }
@@ -93,7 +97,9 @@ def from_line(line: str) -> StepRecord | None:
 
 
 def read_metrics(path: Path) -> list[StepRecord]:
-    """Return the records of a `metrics.jsonl`, a torn line left out; none if the file is missing."""
+    """Return the records of a `metrics.jsonl`, a torn line left out; none if the file is
+    missing.
+    """
     if not path.is_file():
         return []
     with path.open(encoding="utf-8") as file:

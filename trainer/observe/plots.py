@@ -16,7 +16,9 @@ SMOOTHING = 0.9
 
 
 def write_loss_curve(records: Sequence[StepRecord], path: Path) -> None:
-    """Write `loss.png`: training loss, smoothed and raw, held-out loss, and the learning rate below."""
+    """Write `loss.png`: training loss, smoothed and raw, held-out loss, and the learning rate
+    below.
+    """
     data = picture(loss_figure(records))
     temporary = path.with_name(f".{path.name}")
     temporary.write_bytes(data)
@@ -35,10 +37,17 @@ def loss_figure(records: Sequence[StepRecord]) -> "Figure":
     upper.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1, label="training, every step")
     upper.plot(steps, smoothed(losses), color=BLUE, linewidth=2, label="training, smoothed")
     if held_out:
-        upper.plot(*zip(*held_out, strict=True), "o-", color=ORANGE, linewidth=2, label="validation")
+        upper.plot(
+            *zip(*held_out, strict=True), "o-", color=ORANGE, linewidth=2, label="validation"
+        )
         step, value = held_out[-1]
         upper.annotate(
-            f"{value:.3f}", (step, value), (-6, 10), textcoords="offset points", ha="right", color=ORANGE
+            f"{value:.3f}",
+            (step, value),
+            (-6, 10),
+            textcoords="offset points",
+            ha="right",
+            color=ORANGE,
         )
     upper.set_ylabel("loss (nats per token)")
     upper.set_title(title(records), loc="left", fontsize=11)
@@ -99,7 +108,9 @@ def draw_line(
     """Plot the finite values of one quantity."""
     points = [(r.step, v) for r in records if (v := value(r)) is not None and v - v == 0.0]
     marker = "." if len(points) < 3 else None
-    axes.plot([s for s, _ in points], [v for _, v in points], marker=marker, color=color, linewidth=1.5)
+    axes.plot(
+        [s for s, _ in points], [v for _, v in points], marker=marker, color=color, linewidth=1.5
+    )
 
 
 def tidy(axes: "Axes") -> None:

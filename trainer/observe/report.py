@@ -1,7 +1,7 @@
 """`report.html`: a run on one static page that needs no server and no network.
 
-Everything is read from the run folder, so a report can be made of any run at any time; what is missing is
-left out.
+Everything is read from the run folder, so a report can be made of any run at any time; what is
+missing is left out.
 """
 
 import base64
@@ -29,15 +29,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#0f172a;background:#fff}
-h1{font-size:1.6rem;margin:0}h2{font-size:1.1rem;margin:2.2rem 0 .6rem;border-bottom:1px solid #e2e8f0}
-.sub{color:#64748b;margin:.2rem 0 1.4rem}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:.8rem}
-.card{border:1px solid #e2e8f0;border-radius:8px;padding:.7rem .9rem}.card b{display:block;font-size:1.25rem}
-.card span{color:#64748b;font-size:.82rem}img{max-width:100%;background:#fff;border-radius:8px}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0
+1rem;color:#0f172a;background:#fff} h1{font-size:1.6rem;margin:0}h2{font-size:1.1rem;margin:2.2rem 0
+.6rem;border-bottom:1px solid #e2e8f0} .sub{color:#64748b;margin:.2rem 0
+1.4rem}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:.8rem}
+.card{border:1px solid #e2e8f0;border-radius:8px;padding:.7rem .9rem}.card
+b{display:block;font-size:1.25rem} .card
+span{color:#64748b;font-size:.82rem}img{max-width:100%;background:#fff;border-radius:8px}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:1rem}
-table{border-collapse:collapse;font-size:.87rem;width:100%}td{padding:.12rem .5rem;border-bottom:1px solid #f1f5f9;vertical-align:top}
-td:first-child{color:#64748b;width:48%}.set td{font-weight:600;color:#1d4ed8}
-pre{background:#f8fafc;border:1px solid #e2e8f0;border-radius:8px;padding:.8rem;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem}
+table{border-collapse:collapse;font-size:.87rem;width:100%}td{padding:.12rem .5rem;border-bottom:1px
+solid #f1f5f9;vertical-align:top} td:first-child{color:#64748b;width:48%}.set
+td{font-weight:600;color:#1d4ed8} pre{background:#f8fafc;border:1px solid
+#e2e8f0;border-radius:8px;padding:.8rem;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem}
 """
 
 
@@ -115,7 +118,9 @@ def small_pictures(records: Sequence[StepRecord]) -> str:
             "GiB",
             GREEN,
         ),
-        "Gradient norm": line_figure(records, lambda r: r.grad_norm, "2-norm before clipping", GREY),
+        "Gradient norm": line_figure(
+            records, lambda r: r.grad_norm, "2-norm before clipping", GREY
+        ),
     }
     cells = "".join(
         f"<div><h2>{title}</h2>{image(figure, title)}</div>" for title, figure in figures.items()
@@ -149,7 +154,10 @@ def configuration(path: Path) -> str:
             for key, value in values.items()
         )
         parts.append(f"<div><h2>[{escape(section)}]</h2><table>{rows}</table></div>")
-    return f'<h2>Configuration</h2><p class="sub">Values that differ from the defaults are blue.</p><div class="grid">{"".join(parts)}</div>'
+    return (
+        '<h2>Configuration</h2><p class="sub">Values that differ from the defaults are blue.</p>'
+        f'<div class="grid">{"".join(parts)}</div>'
+    )
 
 
 def listing(title: str, values: Mapping[str, object]) -> str:

@@ -336,10 +336,12 @@ def test_a_new_attempt_removes_what_older_ones_left(store: CheckpointStore) -> N
     (store.folder / "trash" / "00000005").mkdir()
     (store.folder / "trash" / "00000005" / "rank-0").touch()
     (store.folder / "inflight" / "notes").mkdir()
+    # Of a start that took the number after ours, but was quicker.
+    (store.folder / "inflight" / "40.3").mkdir()
     second = store.begin_attempt()
     write(store, 30, second)
     assert names(store.folder / "trash") == []
-    assert names(store.folder / "inflight") == ["30.2", "notes"]
+    assert names(store.folder / "inflight") == ["30.2", "40.3", "notes"]
     assert store.committed_steps() == [10]
 
 
@@ -404,6 +406,29 @@ def test_an_attempt_superseded_while_publishing_publishes_nothing(
     with pytest.raises(Superseded) as caught:
         store.publish(20, old, files, {})
     assert str(caught.value) == superseded_message(store, old, 2)
+    assert store.committed_steps() == []
+
+
+def test_the_number_alone_fences_off_an_attempt_whose_folder_stayed(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = store.begin_attempt()
+    files = write(store, 20, old)
+    rename = os.rename
+
+    def start_again_after_rename(source: Path, target: Path) -> None:
+        rename(source, target)
+        monkeypatch.setattr(os, "rename", refuse_rename)
+        store.begin_attempt()
+        monkeypatch.setattr(os, "rename", rename)
+
+    def refuse_rename(source: Path, target: Path) -> None:
+        raise PermissionError(1, os.strerror(1), str(source))
+
+    monkeypatch.setattr(os, "rename", start_again_after_rename)
+    with pytest.raises(Superseded):
+        store.publish(20, old, files, {})
+    assert names(store.inflight_path(20, old)) == ["MANIFEST.json", "rank-0", "rank-1"]
     assert store.committed_steps() == []
 
 

@@ -79,6 +79,16 @@ def test_retention_removes_whole_checkpoints(store: CheckpointStore) -> None:
     assert store.retain(keep_last=2, keep_every_steps=20).removed == ()
 
 
+def test_what_lies_in_the_trash_is_not_in_the_way(store: CheckpointStore) -> None:
+    attempt = store.begin_attempt()
+    for step in (10, 20):
+        save(store, step, attempt)
+    (store.folder / "trash" / "00000010").mkdir()
+    (store.folder / "trash" / "00000010" / "rank-0").touch()
+    assert store.retain(keep_last=1, keep_every_steps=0).removed == (10,)
+    assert names(store.folder / "trash") == []
+
+
 def test_the_removal_is_durable_before_anything_is_deleted(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 """The protocol of a source, its registry, and the reading of `data.source`.
 
-A source lists independent work units (files, shards of a hub dataset); reading a unit yields documents and
-bad rows in a fixed order. Units can be read by different processes.
+A source lists independent work units (files, shards of a hub dataset); reading a unit yields
+documents and bad rows in a fixed order. Units can be read by different processes.
 """
 
 import glob
@@ -25,7 +25,9 @@ class Document:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that is no document: file, number from 1 (0 for the file as a whole), reason, beginning."""
+    """A row that is no document: file, number from 1 (0 for the file as a whole), reason,
+    beginning.
+    """
 
     file: str
     row: int
@@ -123,7 +125,7 @@ def spec_of(section: SourceSection, text_field: str) -> SourceSpec:
 def guess_kind(source: str) -> str:
     """Return the kind of a bare name: by extension for files, else a hub dataset."""
     path = Path(source).expanduser()
-    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+    matches = matching_paths(source)
     looks_like_path = bool(re.search(r"[*?\[~]|^[./]|\.[A-Za-z0-9]{1,8}$", source))
     if path.is_dir():
         kinds = sorted({kind_of(file) for file in path.rglob("*") if file.is_file()})
@@ -138,10 +140,18 @@ def guess_kind(source: str) -> str:
         return kind_of(matches[0])
     if looks_like_path or source.count("/") > 1:
         raise DataError(
-            f"data.source={source}: no file matches (looked from {Path.cwd()}); give a file, a glob, "
+            f"data.source={source}: no file matches (looked from {Path.cwd()}); give a file, a "
+            "glob, "
             "`stdlib`, or the name of a Hugging Face dataset"
         )
     return "hub"
+
+
+def matching_paths(pattern: str) -> list[Path]:
+    """Return what a path or glob, relative or absolute, matches."""
+    expanded = str(Path(pattern).expanduser())
+    found = glob.glob(expanded, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
+    return [Path(match) for match in sorted(found)]
 
 
 def kind_of(path: Path) -> str:

@@ -1,8 +1,8 @@
 """Local files: plain text, JSON lines and parquet, read through `datasets` as streams.
 
-Text and JSON lines are read line by line, so that a row has an exact number. A text file is one document;
-one longer than `PIECE_CHARACTERS` is cut at line ends into pieces that each count as a document, which keeps
-memory flat and gives a single large file a validation split.
+Text and JSON lines are read line by line, so that a row has an exact number. A text file is one
+document; one longer than `PIECE_CHARACTERS` is cut at line ends into pieces that each count as a
+document, which keeps memory flat and gives a single large file a validation split.
 """
 
 import codecs
@@ -11,9 +11,9 @@ import gzip
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from interlace.trainer.data.sources.base import (
     BadRow,
@@ -21,6 +21,7 @@ from interlace.trainer.data.sources.base import (
     SourceSpec,
     Unit,
     kind_of,
+    matching_paths,
     source_kind,
 )
 from interlace.trainer.errors import DataError
@@ -40,7 +41,7 @@ def file_units(spec: SourceSpec) -> list[Unit]:
     if path.is_dir():
         found = [file for file in path.rglob("*") if kind_of(file) == spec.kind]
     else:
-        found = [Path(match) for match in glob.glob(str(path), recursive=True)]
+        found = matching_paths(spec.location)
     files = sorted(file for file in found if file.is_file())
     if not files:
         raise DataError(
@@ -55,7 +56,9 @@ def unit_of(file: Path) -> Unit:
     return Unit(str(file), status.st_size, f"{file}:{status.st_size}:{status.st_mtime_ns}")
 
 
-def stream(builder: str, paths: Sequence[str], **options: object) -> Iterator[dict[str, object]]:
+def stream(
+    builder: str, paths: Sequence[str], options: Mapping[str, str | bool]
+) -> Iterator[dict[str, object]]:
     """Read files row by row through `datasets`.
 
     Raises:
@@ -66,7 +69,11 @@ def stream(builder: str, paths: Sequence[str], **options: object) -> Iterator[di
     try:
         files = [glob.escape(path) for path in paths]
         rows = datasets.load_dataset(
-            builder, data_files=files, split="train", streaming=True, **options
+            builder,
+            data_files=files,
+            split="train",
+            streaming=True,
+            **cast(dict[str, Any], options),
         )
         for row in rows:
             yield cast(dict[str, object], row)
@@ -78,8 +85,8 @@ def stream(builder: str, paths: Sequence[str], **options: object) -> Iterator[di
 def files_with_lines(units: Sequence[Unit]) -> Iterator[tuple[Unit, Iterable[str]]]:
     """Yield every file with its lines, line ends kept; undecodable bytes become U+FFFD.
 
-    Opening a stream costs the library a tenth of a second, so small files are read many at a time, each
-    as one row; large ones (and compressed ones, whose size is not known) line by line.
+    Opening a stream costs the library a tenth of a second, so small files are read many at a time,
+    each as one row; large ones (and compressed ones, whose size is not known) line by line.
     """
     for large, group in itertools.groupby(units, is_large):
         if large:
@@ -88,7 +95,7 @@ def files_with_lines(units: Sequence[Unit]) -> Iterator[tuple[Unit, Iterable[str
             continue
         small = list(group)
         options = {"sample_by": "document", "encoding_errors": "replace"}
-        rows = stream("text", [unit.location for unit in small], **options)
+        rows = stream("text", [unit.location for unit in small], options)
         for unit, row in zip(small, rows, strict=True):
             yield unit, io.StringIO(str(row["text"]))
 
@@ -101,7 +108,7 @@ def is_large(unit: Unit) -> bool:
 def lines(path: str) -> Iterator[str]:
     """Yield the lines of one file."""
     options = {"sample_by": "line", "keep_linebreaks": True, "encoding_errors": "replace"}
-    for row in stream("text", [path], **options):
+    for row in stream("text", [path], options):
         yield str(row["text"])
 
 
@@ -127,7 +134,9 @@ class Decodability:
         self.known: bool | None = None
 
     def refuses(self, line: str) -> bool:
-        """Whether `line` holds undecodable bytes; the file is looked through once, when first needed."""
+        """Whether `line` holds undecodable bytes; the file is looked through once, when first
+        needed.
+        """
         if "\ufffd" not in line:
             return False
         if self.known is None:
@@ -244,7 +253,7 @@ class Parquet:
         """Yield the text column of every row."""
         for unit in units:
             number = 0
-            for number, row in enumerate(stream("parquet", [unit.location]), start=1):
+            for number, row in enumerate(stream("parquet", [unit.location], {}), start=1):
                 text = text_of_row(row, spec.text_field)
                 yield text if isinstance(text, Document) else BadRow(unit.location, number, text)
             if number == 0:

@@ -47,14 +47,13 @@ def open_stream(spec: SourceSpec) -> "datasets.IterableDataset":
     import datasets
 
     try:
-        opened = datasets.load_dataset(
-            spec.location, spec.subset, split=spec.split, streaming=True
-        )
+        opened = datasets.load_dataset(spec.location, spec.subset, split=spec.split, streaming=True)
     except Exception as error:  # connection, hub and parsing errors have no common base
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"data.source={spec.location}: cannot be opened as a Hugging Face dataset "
-            f"(subset={spec.subset}, split={spec.split}): {reason}; check the name and the network, or "
+            f"(subset={spec.subset}, split={spec.split}): {reason}; check the name and the "
+            "network, or "
             "give local files"
         ) from error
     assert isinstance(opened, datasets.IterableDataset)

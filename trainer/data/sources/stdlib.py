@@ -1,7 +1,7 @@
 """The Python standard library's own sources: real text that every machine has, read in place.
 
-Tests, installed packages and the few files that are not UTF-8 are left out. Whether a file is held out
-depends on its relative path alone, so the split is the same wherever Python is installed.
+Tests, installed packages and the few files that are not UTF-8 are left out. Whether a file is held
+out depends on its relative path alone, so the split is the same wherever Python is installed.
 """
 
 import sysconfig

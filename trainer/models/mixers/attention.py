@@ -1,7 +1,7 @@
 """Sequence mixer `A`: grouped-query attention with rotary positions and optional query/key norm.
 
-References: grouped queries, Ainslie et al. 2023 (arXiv 2305.13245); query/key norm, Henry et al. 2020
-(arXiv 2010.04245); rotary positions, Su et al. 2021 (arXiv 2104.09864).
+References: grouped queries, Ainslie et al. 2023 (arXiv 2305.13245); query/key norm, Henry et al.
+2020 (arXiv 2010.04245); rotary positions, Su et al. 2021 (arXiv 2104.09864).
 """
 
 import torch
@@ -40,7 +40,9 @@ class Attention(nn.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary)
         if context.cache is not None:
-            assert isinstance(context.cache, KeyValueCache), "attention decodes with keys and values"
+            assert isinstance(context.cache, KeyValueCache), (
+                "attention decodes with keys and values"
+            )
             k, v = context.cache.append(k, v)
         mixed = attention(q, k, v, segments=context.segments)
         return self.output(mixed.transpose(1, 2).flatten(2))
@@ -50,7 +52,9 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
     def new_cache(self, batch: int, length: int, like: torch.Tensor) -> KeyValueCache:
-        """Return an empty cache for `length` positions, on the device and in the dtype of `like`."""
+        """Return an empty cache for `length` positions, on the device and in the dtype of
+        `like`.
+        """
         heads = self.key.weight.shape[0] // self.head_width
         shape = (batch, heads, length, self.head_width)
         return KeyValueCache(like.new_empty(shape), like.new_empty(shape))

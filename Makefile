@@ -1,0 +1,40 @@
+# Two commands matter: `make train` and `make test`. Both make the virtual environment if it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := kernels offload trainer launch benchmarks tests
+
+.PHONY: train test lint types bench gpu clean
+
+train: $(VENV)/installed
+	$(BIN)/interlace train quickstart
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(VENV)/installed-dev
+	$(BIN)/pyright
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/versus_bare_loop.py
+
+gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/versus_bare_loop.py
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'interlace needs Python 3.11 or newer; try  make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) *.egg-info
