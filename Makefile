@@ -10,7 +10,7 @@ train: $(VENV)/installed
 	$(BIN)/interlace train quickstart
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/pytest
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check $(SOURCES)
@@ -23,7 +23,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/versus_bare_loop.py
 
 gpu: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/pytest -m gpu
 	$(BIN)/python benchmarks/versus_bare_loop.py
 
 $(VENV)/installed: pyproject.toml

@@ -63,7 +63,7 @@ def profile_hardware(device: torch.device, dtype: torch.dtype) -> HardwareProfil
     return HardwareProfile("CPU", measure_matmul_flops(device, dtype), host, host)
 
 
-def measure_matmul_flops(device: torch.device, dtype: torch.dtype, trials: int = 5) -> float:
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype, trials: int = 20) -> float:
     """Return the best FLOP/s of `trials` square matrix products."""
     size = 4096 if device.type == "cuda" else 768
     left = torch.ones(size, size, device=device, dtype=dtype)

@@ -54,7 +54,7 @@ def export_hf(saved: SavedModel, run: Path, target: Path) -> str:
     if pattern != "AF":
         raise ConfigError(
             [
-                f"model.pattern={pattern}: transformers' Llama is AF repeated; no class fits this pattern"
+                f"model.pattern={pattern}: transformers' Llama is AF repeated; no class fits this one"
             ]
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

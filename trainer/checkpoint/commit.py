@@ -306,7 +306,7 @@ class CheckpointStore:
         while True:
             attempt = self.live_attempt() + 1
             try:
-                (self.folder / "attempts" / str(attempt)).touch(exist_ok=True)
+                (self.folder / "attempts" / str(attempt)).touch(exist_ok=False)
             except FileExistsError:
                 # Another start took this number between the two lines.
                 continue

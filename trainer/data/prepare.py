@@ -95,22 +95,25 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The sources of a recipe, listed but not read, and where their tokens belong."""
+    """The sources of a recipe and where their tokens belong; nothing is read yet."""
 
     data: DataSection
     specs: list[SourceSpec]
-    units: list[list[Unit]]
     folder: Path
+
+    def list_units(self) -> list[list[Unit]]:
+        """List the files and shards of every source; may need the network."""
+        return [source_of(spec.kind).units(spec) for spec in self.specs]
 
 
 def list_inputs(data: DataSection) -> Inputs:
-    """List all files and shards and derive the corpus folder.
+    """Identify all sources and derive the corpus folder; needs no network.
 
     Raises:
         DataError: A source does not exist.
     """
     specs = specs_of(data)
-    units = [source_of(spec.kind).units(spec) for spec in specs]
+    identities = [source_of(spec.kind).identity(spec) for spec in specs]
     tokenizer = data.tokenizer
     if tokenizer == "bpe":
         tokenizer = f"bpe-{data.vocabulary_size}"
@@ -122,7 +125,7 @@ def list_inputs(data: DataSection) -> Inputs:
             "format": FORMAT_VERSION,
             # Weights order the rows of a run and do not change the tokens.
             "sources": [{**asdict(spec), "weight": None} for spec in specs],
-            "inputs": [[unit.fingerprint for unit in listed] for listed in units],
+            "inputs": identities,
             "tokenizer": tokenizer,
             "validation_fraction": data.validation_fraction,
             "on_bad_row": data.on_bad_row,
@@ -131,7 +134,7 @@ def list_inputs(data: DataSection) -> Inputs:
     label = re.sub(r"[^A-Za-z0-9]+", "-", Path(specs[0].location or specs[0].kind).name).strip("-")
     kind = data.tokenizer if data.tokenizer in {"bytes", "bpe"} else "custom"
     folder = Path(data.prepared_dir).expanduser().absolute()
-    return Inputs(data, specs, units, folder / f"{label[:40] or 'corpus'}-{kind}-{key[:12]}")
+    return Inputs(data, specs, folder / f"{label[:40] or 'corpus'}-{kind}-{key[:12]}")
 
 
 def find_prepared(data: DataSection) -> PreparedCorpus | None:
@@ -154,14 +157,15 @@ def prepare(data: DataSection, announce: Callable[[str], None]) -> PreparedCorpu
     with exclusive(inputs.folder):
         if (inputs.folder / INDEX_NAME).is_file():
             return read_corpus(inputs.folder)
-        total = sum(unit.bytes for listed in inputs.units for unit in listed)
+        units = inputs.list_units()
+        total = sum(unit.bytes for listed in units for unit in listed)
         announce(f"preparing {total / 2**20:.1f} MiB of text into {inputs.folder}")
         working = inputs.folder.with_name(inputs.folder.name + ".inflight")
         # The lock is ours, so whatever lies there is of a preparer that died.
         shutil.rmtree(working, ignore_errors=True)
         working.mkdir(parents=True)
         try:
-            index = build(inputs, working)
+            index = build(inputs, units, working)
             finish(working, inputs.folder, index)
         except BaseException:
             shutil.rmtree(working, ignore_errors=True)
@@ -185,13 +189,15 @@ def exclusive(folder: Path) -> Generator[None]:
         yield
 
 
-def build(inputs: Inputs, working: Path) -> Index:
+def build(inputs: Inputs, units: list[list[Unit]], working: Path) -> Index:
     """Tokenise everything into `working`; return the index that is to be written."""
     data = inputs.data
-    tokenizer = make_tokenizer(inputs)
+    tokenizer = make_tokenizer(inputs, units)
     tokenizer.save(working / TOKENIZER_NAME)
     dtype = "uint16" if tokenizer.vocabulary_size <= 2**16 else "uint32"
-    results = run_tasks(cut_tasks(inputs, working, dtype), data.workers or os.cpu_count() or 1)
+    results = run_tasks(
+        cut_tasks(inputs, units, working, dtype), data.workers or os.cpu_count() or 1
+    )
     bad_rows = quarantine(inputs, working, results)
     sources: list[SourceIndex] = []
     for number, spec in enumerate(inputs.specs):
@@ -216,22 +222,22 @@ def build(inputs: Inputs, working: Path) -> Index:
     )
 
 
-def make_tokenizer(inputs: Inputs) -> Tokenizer:
+def make_tokenizer(inputs: Inputs, units: list[list[Unit]]) -> Tokenizer:
     """Return the recipe's tokenizer, training it if it is to be trained."""
     if inputs.data.tokenizer == "bytes":
         return byte_tokenizer()
     if inputs.data.tokenizer == "bpe":
-        return train_bpe(training_texts(inputs), inputs.data.vocabulary_size)
+        return train_bpe(training_texts(inputs, units), inputs.data.vocabulary_size)
     return load_tokenizer(Path(inputs.data.tokenizer).expanduser())
 
 
-def training_texts(inputs: Inputs) -> Iterator[str]:
+def training_texts(inputs: Inputs, units: list[list[Unit]]) -> Iterator[str]:
     """Yield training documents, an equal share of the first 64 Mi characters from every source."""
     share = BPE_TRAINING_CHARACTERS // len(inputs.specs)
-    for spec, units in zip(inputs.specs, inputs.units, strict=True):
+    for spec, listed in zip(inputs.specs, units, strict=True):
         left = share
         fraction = inputs.data.validation_fraction
-        for item in source_of(spec.kind).read(spec, units):
+        for item in source_of(spec.kind).read(spec, listed):
             if isinstance(item, Document) and split_of(item, fraction) == "train":
                 yield item.text
                 left -= len(item.text)
@@ -247,13 +253,13 @@ def split_of(document: Document, validation_fraction: float) -> SplitName:
     return "validation" if share < validation_fraction else "train"
 
 
-def cut_tasks(inputs: Inputs, working: Path, dtype: str) -> list[Task]:
+def cut_tasks(inputs: Inputs, units: list[list[Unit]], working: Path, dtype: str) -> list[Task]:
     """Group the units of each source into tasks of about `TASK_BYTES`."""
     tasks: list[Task] = []
-    for source, (spec, units) in enumerate(zip(inputs.specs, inputs.units, strict=True)):
+    for source, (spec, listed) in enumerate(zip(inputs.specs, units, strict=True)):
         groups: list[list[Unit]] = []
         size = TASK_BYTES
-        for unit in units:
+        for unit in listed:
             if size + unit.bytes > TASK_BYTES:
                 groups.append([])
                 size = 0

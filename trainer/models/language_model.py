@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -61,7 +62,7 @@ class Layer(nn.Module):
 
     def new_caches(self, batch: int, length: int, like: torch.Tensor) -> list[LayerCache | None]:
         """Return one empty decoding state per block, in the dtype and on the device of `like`."""
-        return [block.mixer.new_cache(batch, length, like) for block in self.blocks]
+        return [cast(Block, block).mixer.new_cache(batch, length, like) for block in self.blocks]
 
 
 class LanguageModel(nn.Module):
@@ -140,7 +141,7 @@ class LanguageModel(nn.Module):
     def new_caches(self, batch: int, length: int) -> list[list[LayerCache | None]]:
         """Return empty decoding state for `length` positions: one entry per layer and block."""
         like = torch.empty(0, dtype=self.compute_dtype, device=self.embedding.weight.device)
-        return [layer.new_caches(batch, length, like) for layer in self.layers]
+        return [cast(Layer, layer).new_caches(batch, length, like) for layer in self.layers]
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

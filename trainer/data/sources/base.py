@@ -71,19 +71,23 @@ class SourceSpec:
 class Source(Protocol):
     """Reads one kind of source."""
 
+    def identity(self, spec: SourceSpec) -> list[str]:
+        """Return what changes when the content does; must not need a network."""
+        ...
+
     def units(self, spec: SourceSpec) -> list[Unit]: ...
 
     def read(self, spec: SourceSpec, units: Sequence[Unit]) -> Iterator[Document | BadRow]: ...
 
 
 KINDS: dict[str, Source] = {}
-SourceClass = TypeVar("SourceClass", bound=type[Source])
+SourceClass = TypeVar("SourceClass", bound=Source)
 
 
-def source_kind(name: str) -> Callable[[SourceClass], SourceClass]:
+def source_kind(name: str) -> Callable[[type[SourceClass]], type[SourceClass]]:
     """Register a source class under the name that recipes use."""
 
-    def register(kind: SourceClass) -> SourceClass:
+    def register(kind: type[SourceClass]) -> type[SourceClass]:
         if name in KINDS:
             raise ValueError(f"source kind {name}: registered twice")
         KINDS[name] = kind()

@@ -148,6 +148,10 @@ class Decodability:
 class TextFiles:
     """Plain text files."""
 
+    def identity(self, spec: SourceSpec) -> list[str]:
+        """Return the path, size and time of every file."""
+        return [unit.fingerprint for unit in self.units(spec)]
+
     def units(self, spec: SourceSpec) -> list[Unit]:
         """Return one unit per file."""
         return file_units(spec)
@@ -184,6 +188,10 @@ class TextFiles:
 @source_kind("jsonl")
 class JsonLines:
     """Files with one JSON object a line."""
+
+    def identity(self, spec: SourceSpec) -> list[str]:
+        """Return the path, size and time of every file."""
+        return [unit.fingerprint for unit in self.units(spec)]
 
     def units(self, spec: SourceSpec) -> list[Unit]:
         """Return one unit per file."""
@@ -244,6 +252,10 @@ def text_of_row(row: dict[str, object], field: str) -> Document | str:
 @source_kind("parquet")
 class Parquet:
     """Parquet files."""
+
+    def identity(self, spec: SourceSpec) -> list[str]:
+        """Return the path, size and time of every file."""
+        return [unit.fingerprint for unit in self.units(spec)]
 
     def units(self, spec: SourceSpec) -> list[Unit]:
         """Return one unit per file."""

@@ -18,6 +18,10 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 class StandardLibrary:
     """Python files of the interpreter's standard library, one document each."""
 
+    def identity(self, spec: SourceSpec) -> list[str]:
+        """Return the path, size and time of every file."""
+        return [unit.fingerprint for unit in self.units(spec)]
+
     def units(self, spec: SourceSpec) -> list[Unit]:
         """Return one unit per file, in order of path."""
         root = standard_library()
