@@ -67,7 +67,7 @@ SYNONYMS = {
 def all_settings() -> dict[str, str]:
     """Return every setting, as `section.key`, with its docstring."""
     return {
-        f"{section}.{key}": leaf.description or ""
+        f"{section}.{key}": " ".join((leaf.description or "").split())
         for section, kind in sections().items()
         for key, leaf in kind.model_fields.items()
     }
@@ -84,9 +84,9 @@ def sections() -> dict[str, type[Section]]:
 
 
 def near_miss(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean ...?` for the closest known words, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    """Return `; did you mean ...?` for the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def describe(error: ValidationError) -> list[tuple[str, str]]:
@@ -128,13 +128,15 @@ def unknown(key: str, value: object) -> str:
         hint = near_miss(section, sections())
         return f"{section}: there is no such section{hint}; the sections are {known}"
     synonym = SYNONYMS.get(leaf)
-    candidates = [setting for setting in all_settings() if setting.startswith(f"{section}.")]
+    siblings = sections()[section].model_fields
     elsewhere = [setting for setting in all_settings() if setting.split(".")[1] == leaf]
+    close = difflib.get_close_matches(leaf, list(siblings), n=1, cutoff=0.6)
     if synonym or elsewhere:
         hint = f"; here it is called {synonym or elsewhere[0]}"
+    elif close:
+        hint = f"; did you mean {section}.{close[0]}?"
     else:
-        hint = near_miss(key, candidates)
-    hint = hint or f"; settings of [{section}]: {', '.join(c.split('.')[1] for c in candidates)}"
+        hint = f"; settings of [{section}]: {', '.join(siblings)}"
     return f"{key}={show(value)}: there is no such setting{hint}"
 
 

@@ -1,0 +1,208 @@
+"""Forty wrong recipes, each with the exact message a user sees."""
+
+from pathlib import Path
+
+import pytest
+
+from interlace.trainer.config import RunConfig, list_recipes, load_recipe
+from interlace.trainer.config.problems import SYNONYMS, all_settings
+from interlace.trainer.errors import ConfigError
+
+SECTIONS = "run, model, data, train, optimizer, parallel, checkpoint, observe"
+
+WRONG_OVERRIDES = {
+    "train.steps=0": "train.steps=0: must be 1 or more (Optimizer steps of the whole run); "
+    "the default is train.steps=300",
+    "train.steps=-5": "train.steps=-5: must be 1 or more (Optimizer steps of the whole run); "
+    "the default is train.steps=300",
+    "train.steps=many": "train.steps=many: must be a whole number (Optimizer steps of the whole "
+    "run); the default is train.steps=300",
+    "train.steps=1e3": "train.steps=1000.0: must be a whole number (Optimizer steps of the whole "
+    "run); type train.steps=1000",
+    "train.steps=true": "train.steps=true: must be a whole number (Optimizer steps of the whole "
+    "run); the default is train.steps=300",
+    "train.step=10": "train.step=10: there is no such setting; did you mean train.steps?",
+    "train.learning_rate=1": "train.learning_rate=1: there is no such setting; here it is called "
+    "optimizer.peak_lr",
+    "optimizer.lr=1e-3": "optimizer.lr=0.001: there is no such setting; here it is called "
+    "optimizer.peak_lr",
+    "model.hidden_size=64": "model.hidden_size=64: there is no such setting; here it is called "
+    "model.width",
+    "train.batch_size=8": "train.batch_size=8: there is no such setting; here it is called "
+    "train.tokens_per_step",
+    "model.sequence_length=8": "model.sequence_length=8: there is no such setting; here it is "
+    "called data.sequence_length",
+    "modle.width=64": f"modle: there is no such section; did you mean model?; the sections are "
+    f"{SECTIONS}",
+    "checkpoint.zzz=1": "checkpoint.zzz=1: there is no such setting; settings of [checkpoint]: "
+    "every_steps, keep_last, keep_every_steps",
+    "model.width=250 model.heads=4": "model.width=250: does not split into model.heads=4 heads; "
+    "type model.width=248 or model.width=252, or give model.head_width",
+    "model.heads=3 model.kv_heads=1": "model.width=256: does not split into model.heads=3 heads; type "
+    "model.width=255 or model.width=258, or give model.head_width",
+    "model.kv_heads=3": "model.kv_heads=3: must divide model.heads=4; type one of "
+    "model.kv_heads=1, 2, 4",
+    "model.head_width=33": "model.head_width=33: rotary position embedding turns pairs of "
+    "coordinates, so it must be even; type model.head_width=34",
+    "model.pattern=AX": "model.pattern=AX: no block is registered as X; known letters: "
+    "A (attention), F (SwiGLU feed-forward)",
+    'model.pattern=""': 'model.pattern="": string should have at least 1 character (Residual '
+    "blocks of one layer, a letter each (A: attention, F: SwiGLU feed-forward)); the default is "
+    "model.pattern=AF",
+    "model.layers=0": "model.layers=0: must be 1 or more (How often the pattern is repeated); "
+    "the default is model.layers=4",
+    "model.rope_base=1": "model.rope_base=1: must be more than 1.0 (Base of the rotary position "
+    "embedding's wavelengths); the default is model.rope_base=10000.0",
+    "model.query_key_norm=True": "model.query_key_norm=True: must be true or false (Normalise "
+    "queries and keys per head (RMSNorm) before the rotary embedding); type "
+    "model.query_key_norm=true",
+    "data.sequence_length=1": "data.sequence_length=1: must be 2 or more (Tokens per row that the "
+    "model sees and predicts); the default is data.sequence_length=256",
+    "data.sequence_length=300": "train.tokens_per_step=2048: is not a multiple of "
+    "data.sequence_length=300, so a step would end inside a row; type train.tokens_per_step=1800 "
+    "or 2100",
+    "train.tokens_per_step=100": "train.tokens_per_step=100: is not a multiple of "
+    "data.sequence_length=256, so a step would end inside a row; type train.tokens_per_step=256",
+    "train.validation_tokens=10": "train.validation_tokens=10: is less than one row of "
+    "data.sequence_length=256; type train.validation_tokens=256",
+    "data.validation_fraction=0.9": "data.validation_fraction=0.9: must be 0.5 or less (Share of "
+    "the documents held out for validation, chosen by hash); the default is "
+    "data.validation_fraction=0.05",
+    "data.on_bad_row=ignore": "data.on_bad_row=ignore: must be one of 'fail' or 'skip' (What an "
+    "unreadable row does: stop with its file and number, or be counted and quarantined); type "
+    "data.on_bad_row=fail",
+    "data.tokenizer=gpt2": "data.tokenizer=gpt2: is neither `bytes` nor `bpe`, and there is no "
+    "such file; type data.tokenizer=bytes or the path of a tokenizer.json",
+    'data.source=""': 'data.source="": there is nothing to train on; type data.source=stdlib',
+    "data.vocabulary_size=100": "data.vocabulary_size=100: must be 258 or more (Entries of a BPE "
+    "vocabulary trained here, the end-of-text token included; others bring their own); the "
+    "default is data.vocabulary_size=4096",
+    "optimizer.rule=adam": "optimizer.rule=adam: must be one of 'adamw' (Update rule: AdamW "
+    "(Loshchilov and Hutter 2019)); type optimizer.rule=adamw",
+    "optimizer.schedule=wds": "optimizer.schedule=wds: must be one of 'constant', 'cosine' or "
+    "'wsd' (Learning rate over the steps: constant, cosine, or warm-up-stable-decay); type "
+    "optimizer.schedule=wsd",
+    "optimizer.peak_lr=0": "optimizer.peak_lr=0: must be more than 0.0 (Learning rate after "
+    "warm-up); the default is optimizer.peak_lr=0.003",
+    "optimizer.peak_lr=nan": "optimizer.peak_lr=nan: must be a finite number (Learning rate after "
+    "warm-up); the default is optimizer.peak_lr=0.003",
+    "optimizer.beta1=1.0": "optimizer.beta1=1.0: must be less than 1.0 (Decay of the first "
+    "moment); the default is optimizer.beta1=0.9",
+    "optimizer.clip=-1": "optimizer.clip=-1: must be 0.0 or more (Largest global gradient norm; a "
+    "longer gradient is scaled down. 0 turns clipping off); the default is optimizer.clip=1.0",
+    "train.compute_dtype=fp16": "train.compute_dtype=fp16: must be one of 'auto', 'float32' or "
+    "'bfloat16' (Precision of activations and matrix products; auto: bfloat16 on a GPU, float32 "
+    "on a CPU); type train.compute_dtype=bfloat16",
+    "checkpoint.keep_last=0": "checkpoint.keep_last=0: must be 1 or more (Newest checkpoints that "
+    "stay); the default is checkpoint.keep_last=2",
+    "run.seed=-1": "run.seed=-1: must be 0 or more (Seed of the initial weights, the data order "
+    "and the samples); the default is run.seed=0",
+    "steps=10": "'steps=10': not an override; write it as section.key=value, as in train.steps=100",
+    "train.steps": "'train.steps': not an override; write it as section.key=value, as in "
+    "train.steps=100",
+}
+
+
+@pytest.mark.parametrize("words", WRONG_OVERRIDES)
+def test_a_wrong_setting_is_answered_with_key_value_reason_and_remedy(words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("quickstart", words.split())
+    assert list(caught.value.problems) == [WRONG_OVERRIDES[words]]
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("quickstart", ["train.steps=0", "model.kv_heads=3", "modle.width=1"])
+    assert len(caught.value.problems) == 3
+
+
+def test_an_unknown_recipe_suggests_a_near_one() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("quikstart")
+    assert str(caught.value) == (
+        "recipe quikstart: not found; did you mean quickstart?; shipped recipes: bpe, fault-drill, "
+        "gpt-124m, quickstart; your own needs its path, as in ./quikstart.toml"
+    )
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(f"{tmp_path}/none.toml")
+    path = f"{tmp_path}/none.toml"
+    assert str(caught.value) == f"recipe {path}: no such file (looked at {path})"
+
+
+def test_malformed_toml_names_file_and_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.toml", "[train]\nsteps = \n")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == (
+        f"recipe {path}: not valid TOML: Invalid value (at line 2, column 9)"
+    )
+
+
+def test_a_duplicate_key_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "twice.toml", "[train]\nsteps = 1\nsteps = 2\n")
+    with pytest.raises(ConfigError, match="Cannot overwrite a value"):
+        load_recipe(path)
+
+
+def test_recipes_that_extend_each_other_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.toml", 'extends = "b"\n')
+    path = write(tmp_path / "b.toml", 'extends = "a"\n')
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == "recipe b: extends itself (b -> a -> b); remove one `extends`"
+
+
+def test_a_number_in_quotes_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "quoted.toml", '[train]\nsteps = "10"\n')
+    with pytest.raises(ConfigError, match=r"^train.steps=10: must be a whole number"):
+        load_recipe(path)
+
+
+def test_a_table_in_place_of_a_section_is_needed(tmp_path: Path) -> None:
+    path = write(tmp_path / "flat.toml", "train = 3\n")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith("train=3: must be a table; write [train]")
+
+
+def test_a_bad_entry_of_a_mixture_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "mix.toml", '[[data.source]]\nsource = "stdlib"\nweight = -1.0\n')
+    with pytest.raises(ConfigError, match=r"data.source.*weight"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("name", sorted(list_recipes()))
+def test_every_shipped_recipe_loads_and_says_what_it_teaches(name: str) -> None:
+    assert load_recipe(name).config
+    assert len(list_recipes()[name]) > 20
+
+
+def test_every_setting_is_documented() -> None:
+    assert [key for key, text in all_settings().items() if not text] == []
+
+
+def test_every_synonym_points_at_a_setting() -> None:
+    assert set(SYNONYMS.values()) <= set(all_settings())
+
+
+def test_later_layers_win_and_their_history_is_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.toml", 'extends = "quickstart"\n[train]\nsteps = 9\n')
+    recipe = load_recipe(path, ["train.steps=8", "model.kv_heads=none", "run.dir=2024"])
+    assert recipe.config.train.steps == 8
+    assert recipe.config.model.kv_heads is None
+    assert recipe.config.run.dir == "2024"
+    assert recipe.config.run.name == "own"
+    assert [origin.value for origin in recipe.origins["train.steps"]] == [600, 9, 8]
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig().train.steps = 3  # type: ignore[misc]

@@ -1,0 +1,207 @@
+"""A run that is killed anywhere and resumed has the losses it would have had, to the last bit."""
+
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KILL_POINTS = (
+    "step.forward@13",
+    "step.backward@8",
+    "step.update@3",
+    "persist.open",
+    "persist.half",
+    "persist.pre_fsync",
+    "persist.post_rename",
+    "manifest.pre",
+    "manifest.half",
+    "publish.pre_rename",
+    "publish.post_rename",
+    "retain.mid",
+    "load.mid@4",
+)
+"""Forward, backward, update, every phase of a save, retention and loading."""
+
+
+@pytest.fixture(scope="module")
+def straight(
+    interlace: Callable[..., Any], tiny: Sequence[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Path]:
+    """The undisturbed run on so many ranks; made once each."""
+    runs: dict[int, Path] = {}
+
+    def run_of(ranks: int) -> Path:
+        if ranks not in runs:
+            runs[ranks] = tmp_path_factory.mktemp("straight") / f"on-{ranks}"
+            done = interlace("train", *tiny, f"run.dir={runs[ranks]}", ranks=ranks)
+            assert done.returncode == 0, done.stdout + done.stderr
+        return runs[ranks]
+
+    return run_of
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_killed_at_every_point_has_the_losses_of_the_straight_run(
+    ranks: int,
+    interlace: Callable[..., Any],
+    tiny: Sequence[str],
+    straight: Callable[[int], Path],
+    losses_of: Callable[[Path], list[str]],
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    for number, point in enumerate(KILL_POINTS):
+        victim = {"INTERLACE_FAILPOINT": f"{point}:kill"}
+        # Saves are published by rank 0; the points of the others are hit on rank 1 where there is
+        # one.
+        alone = point.startswith(("manifest", "publish", "retain"))
+        victim["INTERLACE_FAILPOINT_RANK"] = "0" if ranks == 1 or alone or number % 2 else "1"
+        done = interlace("train", *tiny, f"run.dir={run}", ranks=ranks, environment=victim)
+        expected = -signal.SIGKILL if ranks == 1 else 1
+        assert done.returncode == expected, f"{point}: {done.stdout}{done.stderr}"
+    done = interlace("train", "--resume", str(run), ranks=ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed from the checkpoint of step" in done.stdout
+    expected_losses = losses_of(straight(ranks))
+    assert len(expected_losses) == 40
+    assert losses_of(run) == expected_losses
+
+
+def test_a_signal_finishes_the_step_saves_and_exits_with_zero(
+    interlace: Callable[..., Any],
+    tiny: Sequence[str],
+    straight: Callable[[int], Path],
+    losses_of: Callable[[Path], list[str]],
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    for ranks, action in ((1, "step.backward@7:sigterm"), (2, "step.forward@4:sigint")):
+        environment = {"INTERLACE_FAILPOINT": action, "INTERLACE_FAILPOINT_RANK": str(ranks - 1)}
+        done = interlace("train", *tiny, f"run.dir={run}", ranks=ranks, environment=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"interlace train --resume {run}" in done.stdout
+    steps = sorted(path.name for path in (run / "checkpoints" / "committed").iterdir())
+    assert steps[-1] == "00000011"
+    done = interlace("train", "--resume", str(run))
+    assert "resumed from the checkpoint of step 11" in done.stdout
+    assert len(losses_of(run)) == 40
+    assert losses_of(run)[:7] == losses_of(straight(1))[:7]
+
+
+def test_a_finished_run_is_left_alone(
+    interlace: Callable[..., Any], straight: Callable[[int], Path]
+) -> None:
+    before = sorted((straight(1) / "checkpoints" / "committed").iterdir())
+    done = interlace("train", "--resume", str(straight(1)))
+    assert done.returncode == 0
+    assert "finished 40 steps" in done.stdout
+    assert sorted((straight(1) / "checkpoints" / "committed").iterdir()) == before
+
+
+def test_a_run_can_be_made_longer(
+    interlace: Callable[..., Any], tiny: Sequence[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    interlace("train", *tiny, f"run.dir={run}", "train.steps=5")
+    done = interlace("train", "--resume", str(run), "train.steps=8")
+    assert done.returncode == 0, done.stderr
+    assert "train.steps is now 8, was 5" in done.stdout
+    assert "finished 8 steps" in done.stdout
+
+
+def test_another_model_cannot_continue_a_run(
+    interlace: Callable[..., Any], straight: Callable[[int], Path]
+) -> None:
+    run = straight(1)
+    done = interlace("train", "--resume", str(run), "model.width=64", "run.seed=3")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"interlace: run.seed=3: the run in {run} was started with 0, and its checkpoints do not "
+        "fit "
+        f"another; type run.seed=0 or another run.dir\n"
+        f"model.width=64: the run in {run} was started with 32, and its checkpoints do not fit "
+        "another; "
+        f"type model.width=32 or another run.dir\n"
+    )
+
+
+def test_a_full_disk_fails_the_save_and_not_the_run(
+    interlace: Callable[..., Any],
+    tiny: Sequence[str],
+    straight: Callable[[int], Path],
+    losses_of: Callable[[Path], list[str]],
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    done = interlace(
+        "train",
+        *tiny,
+        f"run.dir={run}",
+        "checkpoint.keep_last=9",
+        environment={"INTERLACE_FAILPOINT": "persist.open@2:enospc"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint at step 10 failed: " in done.stdout
+    assert "No space left on device" in done.stdout
+    steps = sorted(path.name for path in (run / "checkpoints" / "committed").iterdir())
+    assert "00000005" in steps
+    assert "00000010" not in steps
+    assert steps[-1] == "00000040"
+    assert interlace("verify", str(run)).returncode == 0
+    assert losses_of(run) == losses_of(straight(1))
+
+
+def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(
+    interlace: Callable[..., Any],
+    tiny: Sequence[str],
+    straight: Callable[[int], Path],
+    losses_of: Callable[[Path], list[str]],
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    stop = {"INTERLACE_FAILPOINT": "step.forward@24:kill"}
+    interlace("train", *tiny, f"run.dir={run}", environment=stop)
+    [shard] = (run / "checkpoints" / "committed" / "00000020").glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    verdict = interlace("verify", str(run))
+    assert verdict.returncode == 2
+    assert shard.name in verdict.stdout
+    assert "BROKEN" in verdict.stdout
+    done = interlace("train", "--resume", str(run))
+    assert done.returncode == 0, done.stderr
+    assert shard.name in done.stdout
+    assert "resumed from the checkpoint of step 15" in done.stdout
+    assert losses_of(run) == losses_of(straight(1))
+    assert interlace("verify", str(run)).returncode == 0
+
+
+def test_a_changed_corpus_cannot_continue_a_run(
+    interlace: Callable[..., Any], tiny: Sequence[str], tmp_path: Path
+) -> None:
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("to be or not to be\n" * 4000, encoding="utf-8")
+    words = ("train", *tiny, f"data.source={text}", f"run.dir={run}", "train.steps=2")
+    assert interlace(*words).returncode == 0
+    text.write_text("that is the question\n" * 4000, encoding="utf-8")
+    done = interlace("train", "--resume", str(run), "train.steps=4")
+    assert done.returncode == 2
+    assert "is not the one this run was started with" in done.stderr
+
+
+def test_numbers_that_are_not_finite_skip_the_update_and_then_stop_the_run_with_evidence(
+    interlace: Callable[..., Any], tiny: Sequence[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = interlace(
+        "train", *tiny, f"run.dir={run}", "optimizer.peak_lr=1e30", "train.max_bad_steps=3"
+    )
+    assert done.returncode == 1
+    assert "is not finite; update skipped (1 in a row, 3 stop the run)" in done.stdout
+    assert "3 steps in a row had a loss or gradient that is not finite" in done.stderr
+    assert "Traceback" not in done.stderr
+    [evidence] = (run / "evidence").iterdir()
+    assert sorted(path.suffix for path in evidence.iterdir()) == [".json", ".safetensors"]
