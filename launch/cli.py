@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 
 from interlace.trainer.errors import NumericsError, UserError
 
+AddParser = Callable[..., argparse.ArgumentParser]
+
 OVERRIDE_HELP = "settings that win over the recipe's, as section.key=value (train.steps=100)"
 RECIPE_HELP = "name of a shipped recipe (`interlace recipes` lists them) or path of a TOML file"
 
@@ -35,7 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands: AddParser = subparsers.add_parser
     recipes = add(commands, "recipes", "list the shipped recipes")
     recipes.add_argument("--json", action="store_true", help="print JSON")
     train = add(commands, "train", "train a model, or continue a run", recipe=True)
@@ -67,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_sample(commands: AddParser) -> None:
     """Add the `sample` command."""
     sample = add(commands, "sample", "let a trained model continue a text")
     sample.add_argument("run", metavar="RUN", help="run folder")
@@ -95,15 +98,13 @@ def add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def add(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    commands: AddParser,
     name: str,
     summary: str,
     recipe: bool = False,
 ) -> argparse.ArgumentParser:
     """Add one command, with recipe and overrides where it takes them."""
-    command = commands.add_parser(
-        name, help=summary, description=summary[0].upper() + summary[1:] + "."
-    )
+    command = commands(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
     if recipe:
         optional = name == "train"
         command.add_argument(

@@ -53,9 +53,7 @@ def export_hf(saved: SavedModel, run: Path, target: Path) -> str:
     pattern = saved.config.model.pattern
     if pattern != "AF":
         raise ConfigError(
-            [
-                f"model.pattern={pattern}: transformers' Llama is AF repeated; no class fits this one"
-            ]
+            [f"model.pattern={pattern}: transformers' Llama is AF repeated; no class fits this one"]
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError([f"--to hf {target}: exists and is not an empty folder; name a new one"])

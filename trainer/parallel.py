@@ -104,7 +104,8 @@ def shard(
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+    # The root too is resharded after a forward pass: a validation has no backward to do it.
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
 
 
 def compute_dtype_of(settings: TrainSection, device_type: str) -> torch.dtype:

@@ -12,7 +12,12 @@ from pydantic import BaseModel, ConfigDict
 
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
-from interlace.trainer.models.cost import activation_bytes, flops_per_token, parameter_count
+from interlace.trainer.models.cost import (
+    ForwardPass,
+    activation_bytes,
+    flops_per_token,
+    parameter_count,
+)
 
 DEFAULT_MICROBATCH_TOKENS = 16_384
 
@@ -185,10 +190,9 @@ def memory_of(config: RunConfig, setting: Setting, rows: int, element_bytes: int
     shards = setting.world_size // config.parallel.replicas
     parameters = parameter_count(config.model, setting.vocabulary_size)
     per_rank = 4 * -(-parameters // shards)
-    activations = activation_bytes(
-        config.model,
-        setting.vocabulary_size,
-        config.data.sequence_length,
+    forward = ForwardPass(
+        tokens=rows * config.data.sequence_length,
+        sequence_length=config.data.sequence_length,
         bytes_per_element=element_bytes,
         checkpointing=config.train.activation_checkpointing,
     )
@@ -196,7 +200,7 @@ def memory_of(config: RunConfig, setting: Setting, rows: int, element_bytes: int
         weights=per_rank,
         gradients=per_rank,
         optimizer_moments=2 * per_rank,
-        activations=activations * rows * config.data.sequence_length,
+        activations=activation_bytes(config.model, setting.vocabulary_size, forward),
         compute_copies=0 if element_bytes == 4 else element_bytes * parameters,
     )
 

@@ -39,7 +39,7 @@ def generate(
     tokens = torch.tensor([[end_of_text, *prompt]], dtype=torch.int64, device=device)
     caches = model.new_caches(1, tokens.shape[1] + settings.max_tokens)
     for _ in range(settings.max_tokens):
-        logits = model.logits(tokens, caches)[0, -1].cpu()
+        logits = model.logits(tokens, caches, last_only=True)[0, 0].cpu()
         token = draw(logits, settings, generator)
         if token == end_of_text:
             return

@@ -1,5 +1,8 @@
 """The one attention call of the project: checks its inputs, builds the mask if one is needed,
 picks a back end.
+
+A fused back end has a first derivative only. Asked for a second one it raises and names the
+remedy; a gradient is never detached silently.
 """
 
 import math
@@ -10,6 +13,8 @@ import torch
 from interlace.kernels.attention import reference, sdpa
 
 Backend = Literal["auto", "reference", "sdpa"]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def attention(
@@ -25,39 +30,37 @@ def attention(
     """Scaled dot-product attention with grouped key heads, causal and document masks.
 
     Args:
-        q: (B, H, T, K), fp64, fp32, fp16 or bf16.
-        k: (B, G, S, K), G divides H.
+        q: (B, H, T, K), fp64, fp32, bf16 or fp16.
+        k: (B, G, S, K), G divides H: each key head serves H / G query heads.
         v: (B, G, S, K).
-        causal: Position sees itself and what came before; with T < S the queries are the last T
-            positions. segments: (B, S) integers; a position sees only positions of equal segment.
-            The queries'
-            segments
-            are the last T.
-        scale: Factor on the scores; K ** -0.5 by default.
+        causal: A position sees itself and what came before. With T < S the queries are the last T
+            of the S positions, as in decoding.
+        segments: (B, S) integers: a position sees only positions of an equal segment. The queries'
+            segments are the last T.
+        scale: Factor on the scores; 1 / sqrt(K) by default.
         backend: `sdpa` (torch's fused kernels, differentiable once), `reference` (plain, any
-            order), or
-            `auto`, which takes `sdpa`.
+            order), or `auto`, which takes `sdpa`.
 
     Returns:
         (B, H, T, K) in the dtype of `q`.
 
     Raises:
         ValueError: Shapes, dtypes or devices do not agree, or the back end is unknown.
-        RuntimeError: A second derivative was asked of a back end that has only the first; use
-            `backend="reference"`.
+        RuntimeError: In backward, where a second derivative was asked of a back end that has only
+            the first; use `backend="reference"`.
     """
-    check_inputs(q, k, v, segments)
+    if backend not in ("auto", "reference", "sdpa"):
+        raise ValueError(f"backend={backend!r}: must be 'auto', 'reference' or 'sdpa'")
+    check_inputs(q, k, v)
+    check_segments(k, segments)
     length, total = q.shape[2], k.shape[2]
     factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+    # The fused kernels' own causal path needs no mask, but aligns queries and keys at the start.
     fused_causal = backend != "reference" and causal and segments is None and length == total
     mask = None if fused_causal else allowed(length, total, causal, segments, q.device)
-    match backend:
-        case "reference":
-            return reference.attention(q, k, v, mask, factor)
-        case "auto" | "sdpa":
-            return FirstOrder.guard(sdpa.attention(q, k, v, mask, factor, causal=fused_causal))
-        case _:
-            raise ValueError(f"backend={backend!r}: must be 'auto', 'reference' or 'sdpa'")
+    if backend == "reference":
+        return reference.attention(q, k, v, mask, factor)
+    return FirstOrder.guard(sdpa.attention(q, k, v, mask, factor, causal=fused_causal))
 
 
 class FirstOrder(torch.autograd.Function):
@@ -71,22 +74,23 @@ class FirstOrder(torch.autograd.Function):
         return marked
 
     @staticmethod
-    def forward(ctx: object, output: torch.Tensor) -> torch.Tensor:
+    def forward(output: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] - torch declares the form with ctx only
         """Return the output as it is."""
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: object, *grads: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] - torch types it as Any
-        """Pass the gradient on, unless a graph of it is wanted (grad mode is on inside
-        backward).
-        """
+    def setup_context(ctx: object, inputs: tuple[object, ...], output: object) -> None:
+        """Nothing is saved; torch.func transforms insist on this method."""
+
+    @staticmethod
+    def backward(ctx: object, *grad_outputs: torch.Tensor) -> torch.Tensor:
+        """Pass the gradient on, unless it shall be differentiated (grad mode is on in here)."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "attention: a second derivative was asked for (create_graph=True), but the sdpa "
-                "back end "
-                'has only the first; call attention(..., backend="reference")'
+                'back end has only the first; call attention(..., backend="reference")'
             )
-        return grads[0]
+        return grad_outputs[0]
 
 
 def allowed(
@@ -96,36 +100,48 @@ def allowed(
     allowed.
     """
     mask = None
+    # A single query is the last position, which sees everything.
     if causal and length > 1:
         queries = torch.arange(total - length, total, device=device)
         mask = queries[:, None] >= torch.arange(total, device=device)[None, :]
     if segments is not None:
-        same = (segments[:, -length:, None] == segments[:, None, :]).unsqueeze(1)
-        mask = same if mask is None else same & mask
+        same = segments[:, total - length :, None] == segments[:, None, :]
+        mask = same.unsqueeze(1) if mask is None else same.unsqueeze(1) & mask
     return mask
 
 
-def check_inputs(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor | None
-) -> None:
-    """Raise `ValueError` where shapes, dtypes or devices do not agree."""
+def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise `ValueError` where shapes, dtypes or devices of queries, keys and values do not
+    agree.
+    """
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"attention takes q (B, H, T, K), k and v (B, G, S, K); got {shapes}")
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"attention: batch, length or head width do not agree: {shapes}")
-    if q.shape[1] % k.shape[1]:
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: query heads must be a multiple of key heads: {shapes}")
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"attention: there are more queries than keys: {shapes}")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise ValueError(
-            f"attention: one floating dtype is needed; got {q.dtype}, {k.dtype}, {v.dtype}"
+            "attention: one dtype of float64, float32, bfloat16, float16 is needed; got "
+            f"{q.dtype}, {k.dtype}, {v.dtype}"
         )
     if not q.device == k.device == v.device:
         raise ValueError(f"attention: one device is needed; got {q.device}, {k.device}, {v.device}")
-    if segments is not None and segments.shape != (k.shape[0], k.shape[2]):
+
+
+def check_segments(k: torch.Tensor, segments: torch.Tensor | None) -> None:
+    """Raise `ValueError` where the segments do not fit the keys."""
+    if segments is None:
+        return
+    expected = [k.shape[0], k.shape[2]]
+    if list(segments.shape) != expected:
         raise ValueError(
-            f"attention: segments must be (B, S) = {[k.shape[0], k.shape[2]]}; got "
-            f"{list(segments.shape)}"
+            f"attention: segments must be (B, S) = {expected}; got {list(segments.shape)}"
         )
+    if segments.is_floating_point() or segments.is_complex():
+        raise ValueError(f"attention: segments must be integers; got {segments.dtype}")
+    if segments.device != k.device:
+        raise ValueError(f"attention: segments are on {segments.device}, keys on {k.device}")

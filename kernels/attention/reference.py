@@ -6,14 +6,15 @@ import torch
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Return `softmax(scale * q k^T + mask) v` with grouped key heads.
+    """Return `softmax(scale * q k^T) v` over the allowed pairs, with grouped key heads.
 
     Args:
         q: (B, H, T, K).
         k: (B, G, S, K), G divides H.
         v: (B, G, S, K).
         mask: Booleans that broadcast to (B, H, T, S), true where attention is allowed; None allows
-            all. scale: Factor on the scores.
+            all pairs.
+        scale: Factor on the scores.
 
     Returns:
         (B, H, T, K).

@@ -58,6 +58,8 @@ class RandomState(BaseModel):
     python: tuple[int, tuple[int, ...], float | None]
     numpy_words: tuple[int, ...]
     numpy_position: int
+    numpy_has_gauss: int
+    numpy_cached_gaussian: float
 
     @classmethod
     def capture(cls, device: torch.device) -> "RandomState":
@@ -71,6 +73,8 @@ class RandomState(BaseModel):
             python=random.getstate(),
             numpy_words=tuple(int(word) for word in words[1]),
             numpy_position=int(words[2]),
+            numpy_has_gauss=int(words[3]),
+            numpy_cached_gaussian=float(words[4]),
         )
 
     def restore(self, device: torch.device) -> None:
@@ -80,7 +84,15 @@ class RandomState(BaseModel):
             torch.cuda.set_rng_state(decode(self.torch_device), device)
         random.setstate(self.python)
         words = numpy.array(self.numpy_words, dtype=numpy.uint32)
-        numpy.random.set_state(("MT19937", words, self.numpy_position))
+        numpy.random.set_state(
+            (
+                "MT19937",
+                words,
+                self.numpy_position,
+                self.numpy_has_gauss,
+                self.numpy_cached_gaussian,
+            )
+        )
 
 
 class SavedScalars(BaseModel):

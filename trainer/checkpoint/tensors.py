@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -141,7 +142,7 @@ def safetensors_chunks(parts: Mapping[str, LocalPart]) -> Iterator[bytes | memor
     for part in parts.values():
         flat = part.data.contiguous().cpu().reshape(-1)
         if flat.numel():
-            yield memoryview(flat.view(torch.uint8).numpy())
+            yield memoryview(cast(bytes, flat.view(torch.uint8).numpy()))
 
 
 def merge_indexes(indexes: Sequence[TensorIndex]) -> TensorIndex:

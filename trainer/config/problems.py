@@ -178,7 +178,7 @@ def remedy(key: str, details: ErrorDetails) -> str:
     if (
         details["type"] in {"int_type", "int_from_float"}
         and isinstance(value, float)
-        and value == int(value)
+        and value.is_integer()
     ):
         return f"type {key}={int(value)}"
     if details["type"] == "bool_type" and str(value).lower() in {

@@ -27,8 +27,17 @@ class KeyValueCache:
     length: int = 0
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the keys and values (B, G, T, K) of new positions; return those of all positions."""
-        end = self.length + k.shape[2]
+        """Add the keys and values (B, G, T, K) of new positions; return those of all positions.
+
+        Raises:
+            ValueError: There is no room for them.
+        """
+        end, room = self.length + k.shape[2], self.keys.shape[2]
+        if end > room:
+            raise ValueError(
+                f"the cache has room for {room} positions and holds {self.length}; "
+                f"{k.shape[2]} more do not fit"
+            )
         self.keys[:, :, self.length : end] = k
         self.values[:, :, self.length : end] = v
         self.length = end
@@ -40,7 +49,7 @@ class BlockContext:
     """Computed once per forward pass and read by all blocks.
 
     Attributes:
-        rotary: Cosine and sine tables, each (B or 1, 1, T, K).
+        rotary: Cosine and sine tables in the compute dtype, each (B or 1, 1, T, K).
         segments: Document number of each position, (B, T), or None if there are no boundaries.
         cache: Decoding state of the block that is called, or None outside decoding.
     """

@@ -1,10 +1,37 @@
 """What a model costs: parameters, FLOPs per token, activation bytes; sums over the blocks' own
 figures.
+
+Activation bytes are those of eager execution on a CPU with documents masked. On a GPU the fused
+norm and `torch.compile` keep less.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
+from interlace.kernels.cross_entropy import tokens_per_chunk
 from interlace.trainer.config.schema import ModelSection
 from interlace.trainer.models.registry import Flops, mixer_class
 from interlace.trainer.models.shapes import head_width
+
+Checkpointing = Literal["none", "block", "selective"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardPass:
+    """One pass of a micro-batch through the model.
+
+    Attributes:
+        tokens: Tokens of the pass, a whole number of rows.
+        sequence_length: Tokens per row.
+        bytes_per_element: Size of the compute dtype.
+        checkpointing: What backward recomputes: nothing, whole layers, or all but matrix products
+            and attention.
+    """
+
+    tokens: int
+    sequence_length: int
+    bytes_per_element: int
+    checkpointing: Checkpointing
 
 
 def parameter_count(config: ModelSection, vocabulary_size: int) -> int:
@@ -18,7 +45,7 @@ def parameter_count(config: ModelSection, vocabulary_size: int) -> int:
 
 def flops_per_token(config: ModelSection, vocabulary_size: int, sequence_length: int) -> Flops:
     """Return the matrix FLOPs of one token, forward and backward, as `FlopCounterMode` counts
-    them.
+    them; recomputation is not counted.
     """
     head = 2 * config.width * vocabulary_size
     total = Flops(head, 2 * head)
@@ -28,37 +55,53 @@ def flops_per_token(config: ModelSection, vocabulary_size: int, sequence_length:
     return total
 
 
-def activation_bytes(
-    config: ModelSection,
-    vocabulary_size: int,
-    sequence_length: int,
-    *,
-    bytes_per_element: int,
-    checkpointing: str,
-) -> int:
-    """Return what autograd keeps between forward and backward, in bytes per token.
-
-    Args:
-        config: The model.
-        vocabulary_size: V; one chunk of fp32 logits is part of the peak.
-        sequence_length: T.
-        bytes_per_element: Size of the compute dtype.
-        checkpointing: `none`, `block` (one layer's activations at a time) or `selective`.
+def activation_bytes(config: ModelSection, vocabulary_size: int, forward: ForwardPass) -> int:
+    """Return the peak of activations in one pass, in bytes: what is kept, and, with recomputation,
+    the one layer that is being recomputed.
     """
-    expensive = cheap = wide = 0
+    kept = kept_bytes(config, vocabulary_size, forward)
+    if forward.checkpointing == "none":
+        return kept
+    return kept + forward.tokens * layer_bytes(config, forward)
+
+
+def kept_bytes(config: ModelSection, vocabulary_size: int, forward: ForwardPass) -> int:
+    """Return what stays in memory between forward and backward of one pass, in bytes."""
+    element = forward.bytes_per_element
+    match forward.checkpointing:
+        case "none":
+            layer = layer_bytes(config, forward)
+        case "block":
+            layer = config.width * element
+        case "selective":
+            layer = config.width * element + product_bytes(config, forward)
+    rotary = 2 * head_width(config) * element
+    per_token = config.layers * layer + norm_bytes(config, element) + rotary
+    logits = 4 * vocabulary_size * min(forward.tokens, tokens_per_chunk(vocabulary_size))
+    return forward.tokens * per_token + logits
+
+
+def layer_bytes(config: ModelSection, forward: ForwardPass) -> int:
+    """Return what one layer keeps of one token without recomputation, in bytes."""
+    total = 0
     for letter in config.pattern:
-        saved = mixer_class(letter).saved_elements(config)
-        expensive += saved.expensive
-        # Besides its own, every block keeps its norm's input and output, and the inverse root per
-        # position.
-        cheap += saved.cheap + 2 * config.width
-        wide += saved.wide + 1
-    whole_layer = (expensive + cheap) * bytes_per_element + 4 * wide
-    if checkpointing == "none":
-        stack = config.layers * whole_layer
-    else:
-        kept = config.width + (expensive if checkpointing == "selective" else 0)
-        stack = config.layers * kept * bytes_per_element + whole_layer
-    ends = 2 * config.width * bytes_per_element + 4
-    rotary = 2 * 4 * head_width(config)
-    return stack + ends + rotary + 4 * vocabulary_size
+        saved = mixer_class(letter).saved_elements(config, forward.sequence_length)
+        total += saved.kept * forward.bytes_per_element + 4 * saved.kept_wide
+        total += norm_bytes(config, forward.bytes_per_element)
+    return total
+
+
+def product_bytes(config: ModelSection, forward: ForwardPass) -> int:
+    """Return the results of one layer's matrix products and attention for one token, in bytes."""
+    total = 0
+    for letter in config.pattern:
+        saved = mixer_class(letter).saved_elements(config, forward.sequence_length)
+        total += saved.products * forward.bytes_per_element + 4 * saved.products_wide
+    return total
+
+
+def norm_bytes(config: ModelSection, bytes_per_element: int) -> int:
+    """Return what a norm over the width keeps of one token, in bytes: its output, and in fp32 its
+    input, the normalised values and the inverse root.
+    """
+    return config.width * bytes_per_element + 4 * (2 * config.width + 1)

@@ -8,7 +8,7 @@ from the same weights.
 """
 
 import hashlib
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
@@ -22,11 +22,12 @@ from torch.nn import functional
 from interlace.kernels import HeadLoss, linear_cross_entropy, rotary_tables
 from interlace.trainer.config.schema import ModelSection
 from interlace.trainer.models.context import BlockContext, LayerCache
+from interlace.trainer.models.initial import embedding_value
 from interlace.trainer.models.layers import Linear, RMSNorm
 from interlace.trainer.models.registry import mixer_class
 from interlace.trainer.models.shapes import head_width
 
-EMBEDDING_STD = 0.02
+MIXER_PARAMETER = re.compile(r"layers\.\d+\.blocks\.(?P<block>\d+)\.mixer\.(?P<rest>.+)")
 
 
 class Block(nn.Module):
@@ -105,16 +106,28 @@ class LanguageModel(nn.Module):
         )
 
     def logits(
-        self, tokens: torch.Tensor, caches: Sequence[Sequence[LayerCache | None]] | None = None
+        self,
+        tokens: torch.Tensor,
+        caches: Sequence[Sequence[LayerCache | None]] | None = None,
+        *,
+        last_only: bool = False,
     ) -> torch.Tensor:
-        """Return fp32 logits (B, T, V) of one document per row; with caches, of the tokens after
-        them.
+        """Return fp32 logits of one document per row.
+
+        Args:
+            tokens: (B, T) int64; with caches, the tokens that follow those in the caches.
+            caches: Decoding state from `new_caches`, which is advanced.
+            last_only: Compute the last position's logits only.
+
+        Returns:
+            (B, T, V), or (B, 1, V) for the last position.
         """
         positions = None
         if caches is not None:
             start = next((c.length for layer in caches for c in layer if c is not None), 0)
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         hidden = self.hidden(tokens, None, positions, caches)
+        hidden = hidden[:, -1:] if last_only else hidden
         return functional.linear(hidden, self.head_weight().to(hidden.dtype)).float()
 
     def hidden(
@@ -127,7 +140,9 @@ class LanguageModel(nn.Module):
         """Return the normed output of the stack, (B, T, D) in the compute dtype."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        rotary = rotary_tables(positions, head_width(self.config), self.config.rope_base)
+        cosine, sine = rotary_tables(positions, head_width(self.config), self.config.rope_base)
+        # Cast once: a cast at use would leave a copy in every layer for the backward pass.
+        rotary = cosine.to(self.compute_dtype), sine.to(self.compute_dtype)
         context = BlockContext(rotary=rotary, segments=segments)
         x = functional.embedding(tokens, self.embedding.weight).to(self.compute_dtype)
         for number, layer in enumerate(self.layers):
@@ -153,25 +168,20 @@ class LanguageModel(nn.Module):
 def initial_value(
     name: str, shape: tuple[int, ...], seed: int, config: ModelSection
 ) -> torch.Tensor:
-    """Return the fp32 initial value of one parameter: a function of its name and the seed.
+    """Return the whole initial value of one parameter, fp32 on the CPU.
 
-    Norm gains are 1. Matrices are normal with standard deviation 1 / sqrt(inputs); those that write
-    into the residual stream are divided by the root of the number of blocks (GPT-2), embedding and
-    head use 0.02.
+    It is a function of the seed, the parameter's name and its shape only. Norm gains are 1,
+    embedding and head normal with deviation 0.02; mixers say how their own parameters start.
     """
-    if len(shape) == 1:
-        return torch.ones(shape)
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-    owner = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    writers = {mixer_class(letter).residual_output for letter in config.pattern}
-    if owner in {"embedding", "head"}:
-        deviation = EMBEDDING_STD
-    else:
-        deviation = 1.0 / math.sqrt(shape[1])
-        if owner in writers:
-            deviation /= math.sqrt(config.layers * len(config.pattern))
-    return torch.normal(0.0, deviation, shape, generator=generator)
+    inside = MIXER_PARAMETER.fullmatch(name)
+    if inside is not None:
+        letter = config.pattern[int(inside["block"])]
+        return mixer_class(letter).initial_value(inside["rest"], shape, config, generator)
+    if name in {"embedding.weight", "head.weight"}:
+        return embedding_value(shape, generator)
+    return torch.ones(shape)
 
 
 def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:

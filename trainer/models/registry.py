@@ -39,39 +39,64 @@ class Flops:
 
 @dataclass(frozen=True)
 class SavedElements:
-    """What autograd keeps of one block for one token, in elements.
+    """What stays of one block for one token between forward and backward, in elements.
+
+    The block's norm is not part of it; it is the same for all mixers.
 
     Attributes:
-        expensive: Results of matrix products and attention (what selective checkpointing keeps).
-        cheap: Everything else in the compute dtype.
-        wide: Elements that are fp32 whatever the compute dtype.
+        kept: Elements in the compute dtype.
+        kept_wide: Elements in fp32 whatever the compute dtype.
+        products: Results of matrix products and attention in the compute dtype, which selective
+            recomputation keeps instead.
+        products_wide: The same in fp32.
     """
 
-    expensive: int
-    cheap: int
-    wide: int = 0
+    kept: int
+    products: int
+    kept_wide: int = 0
+    products_wide: int = 0
 
 
 class Mixer(Protocol):
     """What a block brings; an `nn.Module` that also satisfies this."""
 
-    residual_output: str
-    """Name of the parameter that writes into the residual stream, which is initialised smaller."""
-
     def __init__(self, config: ModelSection) -> None: ...
 
-    def forward(self, x: torch.Tensor, context: BlockContext) -> torch.Tensor: ...
+    def forward(self, x: torch.Tensor, context: BlockContext) -> torch.Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        ...
 
-    def new_cache(self, batch: int, length: int, like: torch.Tensor) -> LayerCache | None: ...
-
-    @classmethod
-    def parameter_count(cls, config: ModelSection) -> int: ...
-
-    @classmethod
-    def flops_per_token(cls, config: ModelSection, sequence_length: int) -> Flops: ...
+    def new_cache(self, batch: int, length: int, like: torch.Tensor) -> LayerCache | None:
+        """Return empty decoding state for `length` positions in dtype and device of `like`."""
+        ...
 
     @classmethod
-    def saved_elements(cls, config: ModelSection) -> SavedElements: ...
+    def initial_value(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        config: ModelSection,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """Return the fp32 start of the parameter that is called `name` inside the mixer, on the
+        CPU, drawn from `generator` only.
+        """
+        ...
+
+    @classmethod
+    def parameter_count(cls, config: ModelSection) -> int:
+        """Return the number of the mixer's parameters."""
+        ...
+
+    @classmethod
+    def flops_per_token(cls, config: ModelSection, sequence_length: int) -> Flops:
+        """Return the matrix FLOPs of one token in a row of `sequence_length`."""
+        ...
+
+    @classmethod
+    def saved_elements(cls, config: ModelSection, sequence_length: int) -> SavedElements:
+        """Return what stays of one token in a row of `sequence_length`."""
+        ...
 
 
 BUILT_IN = {
@@ -99,15 +124,14 @@ def register(letter: str, name: str, kind: MixerClass) -> MixerClass:
     """Note a mixer; a letter means one thing only.
 
     Raises:
-        ValueError: The letter is no single capital, or taken by another class.
+        ValueError: The letter is no single capital, or taken.
     """
     if not (len(letter) == 1 and letter.isascii() and letter.isupper()):
         raise ValueError(f"mixer letter {letter!r}: must be one capital letter, A to Z")
-    taken = REGISTERED.get(letter)
-    if taken is not None and taken[1].__qualname__ != kind.__qualname__:
-        raise ValueError(
-            f"mixer letter {letter}: already means {taken[0]}; choose another for {name}"
-        )
+    built_in = letter in BUILT_IN and BUILT_IN[letter][1] != kind.__module__
+    if built_in or letter in REGISTERED:
+        taken = registered_letters()[letter]
+        raise ValueError(f"mixer letter {letter}: already means {taken}; choose another for {name}")
     REGISTERED[letter] = (name, kind)
     return kind
 

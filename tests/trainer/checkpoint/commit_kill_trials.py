@@ -179,8 +179,10 @@ class Trials:
         children = start_ranks(self.store, self.log, (None, None))
         # Not a wait for something to happen: the instant of the kill is the random variable.
         time.sleep(delay)
-        for rank in victims:
-            os.kill(children[rank], signal.SIGKILL)
+        # Stopped first, so that neither sees the other die and ends by itself.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for rank in victims:
+                os.kill(children[rank], number)
         self.judge("time", children, victims, f"ranks {victims} after {delay:.4f} s")
 
     def kill_at_a_point(self) -> None:
@@ -281,6 +283,8 @@ def seconds_per_save(store: CheckpointStore, log: Log) -> float:
 
 def main(folder: Path, kills: int, seed: int) -> None:
     """Run the trials and print what happened."""
+    # Ends the program itself, should ranks that are broken keep it waiting.
+    signal.alarm(300)
     store, log = CheckpointStore(folder / "run" / "checkpoints"), Log(folder / "promises")
     log.append("start 0 0")
     trials = Trials(store, log, random.Random(seed))

@@ -37,7 +37,7 @@ def test_chunks_of_any_kind_are_written_in_order_and_hashed(tmp_path: Path) -> N
     whole = bytes(range(256)) * 1000
     wide = memoryview(whole[7 : 107_007 - 7]).cast("B")
     words = memoryview(bytearray(whole[:8000])).cast("I")
-    empty = memoryview(numpy.zeros((0, 3)))
+    empty = numpy.zeros((0, 3)).data
     record = write_file(tmp_path / "a", [b"", whole[:7], wide, b"x", words, empty])
     expected = whole[:107_000] + b"x" + whole[:8000]
     assert (tmp_path / "a").read_bytes() == expected

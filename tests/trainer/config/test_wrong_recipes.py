@@ -38,8 +38,8 @@ WRONG_OVERRIDES = {
     "every_steps, keep_last, keep_every_steps",
     "model.width=250 model.heads=4": "model.width=250: does not split into model.heads=4 heads; "
     "type model.width=248 or model.width=252, or give model.head_width",
-    "model.heads=3 model.kv_heads=1": "model.width=256: does not split into model.heads=3 heads; type "
-    "model.width=255 or model.width=258, or give model.head_width",
+    "model.heads=3 model.kv_heads=1": "model.width=256: does not split into model.heads=3 heads; "
+    "type model.width=255 or model.width=258, or give model.head_width",
     "model.kv_heads=3": "model.kv_heads=3: must divide model.heads=4; type one of "
     "model.kv_heads=1, 2, 4",
     "model.head_width=33": "model.head_width=33: rotary position embedding turns pairs of "

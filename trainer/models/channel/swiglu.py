@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from interlace.trainer.config.schema import ModelSection
 from interlace.trainer.models.context import BlockContext
+from interlace.trainer.models.initial import matrix_value, residual_matrix_value
 from interlace.trainer.models.layers import Linear
 from interlace.trainer.models.registry import Flops, SavedElements, channel_mixer
 from interlace.trainer.models.shapes import ffn_width
@@ -14,8 +15,6 @@ from interlace.trainer.models.shapes import ffn_width
 @channel_mixer("F", "SwiGLU feed-forward")
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))`."""
-
-    residual_output = "down"
 
     def __init__(self, config: ModelSection) -> None:
         super().__init__()
@@ -33,6 +32,19 @@ class SwiGLU(nn.Module):
         return
 
     @classmethod
+    def initial_value(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        config: ModelSection,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """Normal; the down projection writes into the residual stream."""
+        if name == "down.weight":
+            return residual_matrix_value(shape, config, generator)
+        return matrix_value(shape, generator)
+
+    @classmethod
     def parameter_count(cls, config: ModelSection) -> int:
         """Weights of the three projections."""
         return 3 * config.width * ffn_width(config)
@@ -44,7 +56,7 @@ class SwiGLU(nn.Module):
         return Flops(forward, 2 * forward)
 
     @classmethod
-    def saved_elements(cls, config: ModelSection) -> SavedElements:
-        """Results of gate and up; silu and the product."""
+    def saved_elements(cls, config: ModelSection, sequence_length: int) -> SavedElements:
+        """Results of gate and up, silu and the product."""
         hidden = ffn_width(config)
-        return SavedElements(expensive=2 * hidden, cheap=2 * hidden)
+        return SavedElements(kept=4 * hidden, products=2 * hidden + config.width)

@@ -10,6 +10,7 @@ from torch import nn
 from interlace.kernels import apply_rotary, attention
 from interlace.trainer.config.schema import ModelSection
 from interlace.trainer.models.context import BlockContext, KeyValueCache
+from interlace.trainer.models.initial import matrix_value, residual_matrix_value
 from interlace.trainer.models.layers import Linear, RMSNorm
 from interlace.trainer.models.registry import Flops, SavedElements, sequence_mixer
 from interlace.trainer.models.shapes import head_width, kv_heads
@@ -18,8 +19,6 @@ from interlace.trainer.models.shapes import head_width, kv_heads
 @sequence_mixer("A", "attention")
 class Attention(nn.Module):
     """Causal attention inside documents."""
-
-    residual_output = "output"
 
     def __init__(self, config: ModelSection) -> None:
         super().__init__()
@@ -35,9 +34,14 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, context: BlockContext) -> torch.Tensor:
         """Map (B, T, D) to (B, T, D); with a cache, attend to its positions too."""
-        q, k, v = (self.split_heads(x_) for x_ in (self.query(x), self.key(x), self.value(x)))
+        heads = (-1, self.head_width)
+        q, k = self.query(x).unflatten(-1, heads), self.key(x).unflatten(-1, heads)
+        v = self.value(x).unflatten(-1, heads).transpose(1, 2)
+        # Norms come before the transposition: the layout (B, T, H, K) then lasts through attention,
+        # and its result needs no copy.
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
         q, k = apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary)
         if context.cache is not None:
             assert isinstance(context.cache, KeyValueCache), (
@@ -46,10 +50,6 @@ class Attention(nn.Module):
             k, v = context.cache.append(k, v)
         mixed = attention(q, k, v, segments=context.segments)
         return self.output(mixed.transpose(1, 2).flatten(2))
-
-    def split_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """Turn (B, T, H * K) into (B, H, T, K)."""
-        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
     def new_cache(self, batch: int, length: int, like: torch.Tensor) -> KeyValueCache:
         """Return an empty cache for `length` positions, on the device and in the dtype of
@@ -60,6 +60,21 @@ class Attention(nn.Module):
         return KeyValueCache(like.new_empty(shape), like.new_empty(shape))
 
     @classmethod
+    def initial_value(
+        cls,
+        name: str,
+        shape: tuple[int, ...],
+        config: ModelSection,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """Gains are one, matrices normal; the output projection writes into the residual stream."""
+        if name in {"query_norm.weight", "key_norm.weight"}:
+            return torch.ones(shape)
+        if name == "output.weight":
+            return residual_matrix_value(shape, config, generator)
+        return matrix_value(shape, generator)
+
+    @classmethod
     def parameter_count(cls, config: ModelSection) -> int:
         """Weights of the four projections and the norms."""
         width = head_width(config)
@@ -68,10 +83,11 @@ class Attention(nn.Module):
 
     @classmethod
     def flops_per_token(cls, config: ModelSection, sequence_length: int) -> Flops:
-        """Projections, and scores and mixing over all T positions (the mask is not discounted).
+        """Projections, and scores and mixing over all T positions.
 
-        Backward costs twice the projections, and five products of the size of scores, since fused
-        kernels compute the scores again.
+        Counted as `torch.utils.flop_counter` counts the fused kernels: the causal half is not
+        discounted, and backward has five products of the size of the scores, since the kernels
+        compute the scores again.
         """
         width = head_width(config)
         projections = 4 * config.width * width * (config.heads + kv_heads(config))
@@ -79,14 +95,19 @@ class Attention(nn.Module):
         return Flops(projections + 2 * product, 2 * projections + 5 * product)
 
     @classmethod
-    def saved_elements(cls, config: ModelSection) -> SavedElements:
-        """Input, q, k, v before and after rotation, attention's result and its log-sum-exp."""
+    def saved_elements(cls, config: ModelSection, sequence_length: int) -> SavedElements:
+        """Turned q and k, v, attention's result and log-sum-exp, and the mask of documents.
+
+        Query/key norms keep their input, the normalised values and the inverse roots in fp32.
+        """
         wide = config.heads * head_width(config)
         narrow = kv_heads(config) * head_width(config)
-        normed = wide + narrow if config.query_key_norm else 0
-        wide_norm = config.heads + kv_heads(config) if config.query_key_norm else 0
+        norms = 0
+        if config.query_key_norm:
+            norms = 2 * (wide + narrow) + config.heads + kv_heads(config)
         return SavedElements(
-            expensive=wide + narrow + wide,
-            cheap=wide + narrow + normed,
-            wide=config.heads + wide_norm,
+            kept=2 * wide + 2 * narrow + sequence_length,
+            products=2 * wide + 2 * narrow + config.width,
+            kept_wide=norms + config.heads,
+            products_wide=config.heads,
         )

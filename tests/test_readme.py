@@ -1,0 +1,80 @@
+"""Every fenced command and snippet of the README runs, in order, in an empty folder."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("newcomer")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_of_the_readme_succeeds(command: str, empty_folder: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=empty_folder,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("snippet", blocks("python"))
+def test_snippet_of_the_readme_runs(snippet: str, empty_folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", snippet],
+        cwd=empty_folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("5 ")
+
+
+def test_recipe_of_the_readme_is_valid(tmp_path: Path) -> None:
+    from interlace.trainer.config import load_recipe
+
+    [recipe] = blocks("toml")
+    assert tomllib.loads(recipe)
+    path = tmp_path / "mine.toml"
+    path.write_text(recipe, encoding="utf-8")
+    assert load_recipe(str(path)).config.data.source == "corpus/*.jsonl"
+
+
+def test_the_two_commands_are_targets_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    commands = re.findall(r"^make (\w+)", README, flags=re.MULTILINE)
+    assert commands == ["train", "test"]
+    assert all(re.search(rf"^{command}:", makefile, flags=re.MULTILINE) for command in commands)
+
+
+def test_every_command_is_in_the_readme() -> None:
+    from interlace.launch.cli import build_parser
+
+    help_text = build_parser().format_help()
+    commands = re.findall(r"^    (\w+)  +\w", help_text, flags=re.MULTILINE)
+    assert len(commands) == 8
+    assert all(f"`interlace {command}" in README for command in commands)
