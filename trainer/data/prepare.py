@@ -258,9 +258,9 @@ def cut_tasks(inputs: Inputs, units: list[list[Unit]], working: Path, dtype: str
     tasks: list[Task] = []
     for source, (spec, listed) in enumerate(zip(inputs.specs, units, strict=True)):
         groups: list[list[Unit]] = []
-        size = TASK_BYTES
+        size = 0
         for unit in listed:
-            if size + unit.bytes > TASK_BYTES:
+            if not groups or size + unit.bytes > TASK_BYTES:
                 groups.append([])
                 size = 0
             groups[-1].append(unit)
