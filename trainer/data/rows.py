@@ -74,8 +74,9 @@ class ValidationRows:
         available = [max(0, (len(stream) - 1) // self.length) for stream in self.streams]
         self.places: list[tuple[int, int]] = []
         for source, (count, weight) in enumerate(zip(available, weights, strict=True)):
-            share = max(1, round(wanted * weight / sum(weights)))
-            self.places += [(source, row) for row in range(min(count, share))]
+            share = min(count, max(1, round(wanted * weight / sum(weights))))
+            # Spread evenly: the first rows would be the first few documents.
+            self.places += [(source, number * count // share) for number in range(share)]
         if not self.places:
             held = sum(len(stream) for stream in self.streams)
             raise DataError(
