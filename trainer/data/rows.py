@@ -59,7 +59,7 @@ class TrainingRows:
 
 
 class ValidationRows:
-    """The held-out rows that every validation reads: the first of each source, in proportion to the
+    """The held-out rows that every validation reads, spread over each source in proportion to the
     weights.
 
     Raises:
