@@ -22,8 +22,10 @@ from interlace.trainer.assembly import assemble
 from interlace.trainer.config import load_recipe
 from interlace.trainer.world import process_group
 with process_group() as world:
-    parts, progress, _ = assemble(load_recipe(sys.argv[1], [f"run.dir={sys.argv[2]}"]).config,
-    world) digest = hashlib.sha256() for name, tensor in sorted(parts.state.tensors().items()):
+    config = load_recipe(sys.argv[1], [f"run.dir={sys.argv[2]}"]).config
+    parts, progress, _ = assemble(config, world)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(parts.state.tensors().items()):
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         whole = whole.detach()
         digest.update(f"{name} {whole.dtype} {list(whole.shape)}".encode())

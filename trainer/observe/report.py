@@ -29,18 +29,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0
-1rem;color:#0f172a;background:#fff} h1{font-size:1.6rem;margin:0}h2{font-size:1.1rem;margin:2.2rem 0
-.6rem;border-bottom:1px solid #e2e8f0} .sub{color:#64748b;margin:.2rem 0
-1.4rem}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:.8rem}
-.card{border:1px solid #e2e8f0;border-radius:8px;padding:.7rem .9rem}.card
-b{display:block;font-size:1.25rem} .card
-span{color:#64748b;font-size:.82rem}img{max-width:100%;background:#fff;border-radius:8px}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:1rem}
-table{border-collapse:collapse;font-size:.87rem;width:100%}td{padding:.12rem .5rem;border-bottom:1px
-solid #f1f5f9;vertical-align:top} td:first-child{color:#64748b;width:48%}.set
-td{font-weight:600;color:#1d4ed8} pre{background:#f8fafc;border:1px solid
-#e2e8f0;border-radius:8px;padding:.8rem;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem}
+body {font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem;
+  color: #0f172a; background: #fff}
+h1 {font-size: 1.6rem; margin: 0}
+h2 {font-size: 1.1rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #e2e8f0}
+.sub {color: #64748b; margin: .2rem 0 1.4rem}
+.cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .8rem}
+.card {border: 1px solid #e2e8f0; border-radius: 8px; padding: .7rem .9rem}
+.card b {display: block; font-size: 1.25rem}
+.card span {color: #64748b; font-size: .82rem}
+img {max-width: 100%; background: #fff; border-radius: 8px}
+.grid {display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 1rem}
+table {border-collapse: collapse; font-size: .87rem; width: 100%}
+td {padding: .12rem .5rem; border-bottom: 1px solid #f1f5f9; vertical-align: top}
+td:first-child {color: #64748b; width: 48%}
+.set td {font-weight: 600; color: #1d4ed8}
+pre {background: #f8fafc; border: 1px solid #e2e8f0; border-radius: 8px; padding: .8rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem}
 """
 
 
