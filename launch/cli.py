@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from interlace.trainer.errors import NumericsError, UserError
 
@@ -163,5 +164,18 @@ def guarded(action: Callable[[], int]) -> int:
         return 1
 
 
+def run(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and end the process with its status."""
+    status = main(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Everything is saved and closed. Communication threads that outlive the groups they served
+        # can
+        # abort a rank while the interpreter shuts down, and a finished run would count as failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

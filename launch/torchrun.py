@@ -6,7 +6,7 @@ several.
 
 import sys
 
-from interlace.launch.cli import main
+from interlace.launch.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run(["train", *sys.argv[1:]])

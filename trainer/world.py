@@ -5,6 +5,7 @@ the world that the environment describes (torchrun sets RANK, WORLD_SIZE and LOC
 it again.
 """
 
+import gc
 import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -104,4 +105,6 @@ def process_group() -> Generator[World]:
     try:
         yield World(rank, size, device)
     finally:
+        # Sharded models keep their groups alive in reference cycles.
+        gc.collect()
         dist.destroy_process_group()
