@@ -97,7 +97,7 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
     model = build_model(config, plan, world)
     state = TrainingState(model, build_optimizer(model, config.optimizer), world)
     attempt = world.on_main(folder.store.begin_attempt)
-    progress, notes = restore(folder, state, corpus)
+    progress, notes = restore(folder, attempt, state, corpus)
     if world.is_main:
         describe(folder.path, config, plan, corpus)
     batches = StepBatches(
@@ -138,7 +138,7 @@ def build_model(config: RunConfig, plan: Plan, world: World) -> LanguageModel:
 
 
 def restore(
-    folder: RunFolder, state: TrainingState, corpus: PreparedCorpus
+    folder: RunFolder, attempt: int, state: TrainingState, corpus: PreparedCorpus
 ) -> tuple[Progress, list[str]]:
     """Continue from the newest intact checkpoint, if the run has one.
 
@@ -159,7 +159,7 @@ def restore(
     # A broken newer step stands in the way of saving that step again.
     if state.world.is_main:
         for step in restored.broken_steps:
-            folder.store.set_aside(step, folder.store.live_attempt())
+            folder.store.set_aside(step, attempt)
     state.world.barrier()
     resumed = f"resumed from the checkpoint of step {saved.progress.step}"
     return saved.progress, [*restored.messages, resumed]

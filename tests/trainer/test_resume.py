@@ -7,6 +7,13 @@ from typing import Any
 
 import pytest
 
+from interlace.trainer.assembly import assemble, open_run, restore
+from interlace.trainer.checkpoint.commit import Superseded
+from interlace.trainer.config import load_recipe
+from interlace.trainer.data.prepare import find_prepared
+from interlace.trainer.run_folder import open_run_folder
+from interlace.trainer.world import World
+
 KILL_POINTS = (
     "step.forward@13",
     "step.backward@8",
@@ -205,3 +212,36 @@ def test_numbers_that_are_not_finite_skip_the_update_and_then_stop_the_run_with_
     assert "Traceback" not in done.stderr
     [evidence] = (run / "evidence").iterdir()
     assert sorted(path.suffix for path in evidence.iterdir()) == [".json", ".safetensors"]
+
+
+def test_a_run_that_was_started_again_stops_at_its_next_save(
+    tiny: Sequence[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    config = load_recipe(tiny[0], [*tiny[1:], f"run.dir={run_dir}"]).config
+    with pytest.raises(Superseded, match="is not the live one"), open_run(config, World()) as run:
+        store = run.folder.store
+        store.begin_attempt()
+        for step in run.remaining_steps():
+            run.update_or_skip(step, run.forward_backward(step), run.gradient_norm())
+            run.checkpoint_if_due()
+    assert run.progress.step == 5
+    assert store.committed_steps() == []
+
+
+def test_a_superseded_start_may_not_set_a_broken_checkpoint_aside(
+    interlace: Callable[..., Any], tiny: Sequence[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    interlace("train", *tiny, f"run.dir={run_dir}", "train.steps=10")
+    config = load_recipe(str(run_dir / "config.toml"), [f"run.dir={run_dir}"]).config
+    folder = open_run_folder(config)
+    parts, _, _ = assemble(config, World())
+    corpus = find_prepared(config.data)
+    assert corpus is not None
+    [shard] = (run_dir / "checkpoints" / "committed" / "00000010").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    folder.store.begin_attempt()
+    with pytest.raises(Superseded, match="is not the live one"):
+        restore(folder, parts.attempt, parts.state, corpus)
+    assert folder.store.committed_steps() == [5, 10]

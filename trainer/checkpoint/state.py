@@ -17,7 +17,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from interlace.trainer.checkpoint.commit import CheckpointStore, FileRecord, Manifest
+from interlace.trainer.checkpoint.commit import (
+    CheckpointStore,
+    FileRecord,
+    Manifest,
+    Superseded,
+)
 from interlace.trainer.checkpoint.failpoints import failpoint
 from interlace.trainer.checkpoint.tensors import (
     TensorIndex,
@@ -106,6 +111,10 @@ class SavedScalars(BaseModel):
     random_states: tuple[RandomState, ...]
 
 
+Failure = SaveError | Superseded
+"""Why a save did not happen: it may be tried again, or another start of the run has taken over."""
+
+
 @dataclass(frozen=True)
 class TrainingState:
     """The live objects that a checkpoint saves and restores."""
@@ -166,9 +175,9 @@ def save(
         The committed folder on rank 0, None on the others.
 
     Raises:
-        SaveError: Some rank could not write (disk full, for one), or a newer attempt has taken
-            over; the
-            unfinished folder is removed and older checkpoints are as they were.
+        SaveError: Some rank could not write (disk full, for one); the unfinished folder is removed
+            and older checkpoints are as they were.
+        Superseded: A newer start of the run has taken over; this one must stop.
     """
     world, step = state.world, progress.step
     needed = sum(bytes_of(tensor) for tensor in state.tensors().values())
@@ -179,7 +188,7 @@ def save(
         if world.is_main:
             store.abandon(step, attempt)
         world.barrier()
-        raise SaveError(failure)
+        raise failure
     return store.committed_path(step) if world.is_main else None
 
 
@@ -189,7 +198,7 @@ def write_and_publish(
     state: TrainingState,
     scalars: Mapping[str, object],
     progress: Progress,
-) -> str | None:
+) -> Failure | None:
     """Write this rank's file, gather all ranks' records, publish on rank 0; return a failure or
     None.
     """
@@ -207,7 +216,7 @@ def write_and_publish(
     random_states: list[RandomState] = []
     for outcome, random_state in records:
         if isinstance(outcome, str):
-            return outcome
+            return SaveError(outcome)
         files.append(outcome[0])
         indexes.append(outcome[1])
         random_states.append(random_state)
@@ -223,14 +232,16 @@ def write_and_publish(
     return attempt_on_main(world, publish)
 
 
-def attempt_on_main(world: World, action: Callable[[], object]) -> str | None:
+def attempt_on_main(world: World, action: Callable[[], object]) -> Failure | None:
     """Run `action` on rank 0 and tell every rank how it failed, or None."""
-    failure: str | None = None
+    failure: Failure | None = None
     if world.is_main:
         try:
             action()
+        except Superseded as error:
+            failure = error
         except (SaveError, CheckpointError, OSError) as error:
-            failure = str(error)
+            failure = SaveError(str(error))
     return world.broadcast(failure)
 
 

@@ -4,7 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Generator
 from pathlib import Path
+
+import pytest
 
 from interlace.trainer.checkpoint.failpoints import FAILPOINTS
 
@@ -12,10 +16,23 @@ KILLS = 300
 SEED = 20_260_101
 
 
-def test_300_kills_show_nothing_broken_and_lose_nothing_promised(tmp_path: Path) -> None:
+@pytest.fixture
+def quick_folder(tmp_path: Path) -> Generator[Path, None, None]:
+    """A folder in memory where there is one: SIGKILL keeps what was written without fsync, so a
+    disk would only make the trials slow. What fsync is for is tested in test_commit.py.
+    """
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def test_300_kills_show_nothing_broken_and_lose_nothing_promised(quick_folder: Path) -> None:
     program = Path(__file__).with_name("commit_kill_trials.py")
     done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path), str(KILLS), str(SEED)],
+        [sys.executable, str(program), str(quick_folder), str(KILLS), str(SEED)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True,
         text=True,
