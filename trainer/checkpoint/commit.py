@@ -168,7 +168,7 @@ class CheckpointStore:
         folder = self.inflight_path(step, attempt)
         with saving(folder):
             self.require_live(attempt)
-            self._refuse_committed(step)
+            self._refuse_committed(step, attempt)
             require_space(self.folder, step, needed_bytes)
             # Left by an earlier save of this attempt that failed and could not be cleaned away.
             _log_problems(remove_all([folder]))
@@ -209,7 +209,7 @@ class CheckpointStore:
                 failpoint("publish.pre_rename")
                 # As late as possible: this is the check that a process which slept until now fails.
                 self.require_live(attempt)
-                self._refuse_committed(step)
+                self._refuse_committed(step, attempt)
                 source.rename(target)
                 failpoint("publish.post_rename")
                 sync_folder(target.parent)
@@ -312,9 +312,11 @@ class CheckpointStore:
                 continue
             return attempt
 
-    def _refuse_committed(self, step: int) -> None:
+    def _refuse_committed(self, step: int, attempt: int) -> None:
         target = self.committed_path(step)
         if os.path.lexists(target):
+            # A newer start may have committed it since the last look: then that is the reason.
+            self.require_live(attempt)
             run = self.folder.parent
             raise CheckpointError(
                 f"{target} is already committed, and a checkpoint is never overwritten. "

@@ -195,15 +195,21 @@ class Trials:
 
     def overtake(self, longest_seconds: float) -> None:
         """Start a second pair of ranks beside a first that nobody stopped."""
-        before = self.store.live_attempt()
+        before = self.starts()
         old = start_ranks(self.store, self.log, (None, None))
         delay = self.choice.uniform(0.0, longest_seconds)
-        while self.store.live_attempt() == before:
+        # Until it is in the log, not merely under way: a start that is preempted between taking its
+        # number and writing the line would stand in the log behind the one that overtook it.
+        while self.starts() == before:
             os.sched_yield()
         time.sleep(delay)
         new = start_ranks(self.store, self.log, ("publish.post_rename@3:kill", None))
         codes = wait_all(new + old)
         self.note(f"overtaken after {delay:.4f} s", codes, [-signal.SIGKILL, 0, 0, 0])
+
+    def starts(self) -> int:
+        """Return how many starts are in the log."""
+        return sum(line[:1] == ["start"] for line in self.log.read())
 
     def judge(self, kind: str, children: list[int], victims: list[int], what: str) -> None:
         """Wait for the ranks to end as they should and count the kill."""

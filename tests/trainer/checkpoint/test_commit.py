@@ -466,3 +466,25 @@ def test_setting_aside_what_is_not_there_is_a_save_error(store: CheckpointStore)
     attempt = store.begin_attempt()
     with pytest.raises(SaveError, match="No such file or directory"):
         store.set_aside(20, attempt)
+
+
+def test_a_step_that_a_newer_start_has_committed_is_a_matter_of_the_newer_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    old = store.begin_attempt()
+    look = CheckpointStore.require_live
+    looks: list[int] = []
+
+    def overtaken_after_the_first_look(self: CheckpointStore, attempt: int) -> None:
+        look(self, attempt)
+        looks.append(attempt)
+        if len(looks) == 1:
+            new = store.begin_attempt()
+            monkeypatch.setattr(CheckpointStore, "require_live", look)
+            record = write_file(store.reserve(5, new, 1) / "rank-0", [b"x"])
+            store.publish(5, new, [record], {})
+
+    monkeypatch.setattr(CheckpointStore, "require_live", overtaken_after_the_first_look)
+    with pytest.raises(Superseded, match="is not the live one"):
+        store.reserve(5, old, 1)
