@@ -2,17 +2,16 @@
 normed.
 
 The mathematics is the same (rotary positions in the half-split layout, RMSNorm before each block,
-SwiGLU), so exporting is renaming; logits agree to rounding.
+SwiGLU), so exporting is renaming; logits agree to rounding. The tokenizer is written so that it
+puts the end-of-text token before a text, since every document opened with it in training.
 """
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from interlace.trainer.config.schema import ModelSection
 from interlace.trainer.data.prepare import TOKENIZER_NAME
-from interlace.trainer.data.tokenizers import END_OF_TEXT_NAMES
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.shapes import ffn_width, head_width, kv_heads
 from interlace.trainer.run_folder import write_json
@@ -58,25 +57,34 @@ def export_hf(saved: SavedModel, run: Path, target: Path) -> str:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError([f"--to hf {target}: exists and is not an empty folder; name a new one"])
     target.mkdir(parents=True, exist_ok=True)
-    config = hf_config(saved)
     state = {hf_name(name): value.contiguous() for name, value in saved.model.state_dict().items()}
     save_file(state, target / "model.safetensors", metadata={"format": "pt"})
-    write_json(target / "config.json", config)
-    end = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
-    write_json(target / "generation_config.json", end)
-    (target / TOKENIZER_NAME).write_bytes((run / TOKENIZER_NAME).read_bytes())
-    vocabulary = saved.tokenizer.backend.get_vocab(with_added_tokens=True)
-    special = next(name for name in END_OF_TEXT_NAMES if name in vocabulary)
-    write_json(
-        target / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": special,
-            "eos_token": special,
-            "clean_up_tokenization_spaces": False,
-        },
+    architecture = "Qwen3ForCausalLM" if saved.config.model.query_key_norm else "LlamaForCausalLM"
+    write_json(target / "config.json", hf_config(saved, architecture))
+    end = saved.tokenizer.end_of_text
+    write_json(target / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
+    write_tokenizer(saved, run / TOKENIZER_NAME, target)
+    return architecture
+
+
+def write_tokenizer(saved: SavedModel, source: Path, target: Path) -> None:
+    """Write the tokenizer so that texts open with the end-of-text token, as in training."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.processors import TemplateProcessing
+
+    backend = Backend.from_file(str(source))
+    special = backend.id_to_token(saved.tokenizer.end_of_text)
+    backend.post_processor = TemplateProcessing(
+        single=f"{special} $A", special_tokens=[(special, saved.tokenizer.end_of_text)]
     )
-    return str(config["architectures"]).strip("[]'")
+    (target / TOKENIZER_NAME).write_text(backend.to_str(), encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": special,
+        "eos_token": special,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(target / "tokenizer_config.json", settings)
 
 
 def hf_name(name: str) -> str:
@@ -87,14 +95,13 @@ def hf_name(name: str) -> str:
     return f"model.layers.{layer}.{BLOCK_NAMES[rest.removesuffix('.weight')]}.weight"
 
 
-def hf_config(saved: SavedModel) -> dict[str, object]:
+def hf_config(saved: SavedModel, architecture: str) -> dict[str, object]:
     """Return `config.json`."""
     model: ModelSection = saved.config.model
-    qwen = model.query_key_norm
     end = saved.tokenizer.end_of_text
     return {
-        "architectures": ["Qwen3ForCausalLM" if qwen else "LlamaForCausalLM"],
-        "model_type": "qwen3" if qwen else "llama",
+        "architectures": [architecture],
+        "model_type": architecture.removesuffix("ForCausalLM").lower(),
         "vocab_size": saved.model.embedding.weight.shape[0],
         "hidden_size": model.width,
         "intermediate_size": ffn_width(model),
@@ -112,5 +119,5 @@ def hf_config(saved: SavedModel) -> dict[str, object]:
         "mlp_bias": False,
         "bos_token_id": end,
         "eos_token_id": end,
-        "torch_dtype": str(torch.float32).removeprefix("torch."),
+        "dtype": "float32",
     }

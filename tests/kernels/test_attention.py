@@ -1,0 +1,137 @@
+"""Every input that attention refuses, with its exact message; and how its queries are placed."""
+
+import pytest
+import torch
+
+from interlace.kernels import attention
+from interlace.kernels.attention.api import DTYPES
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+Q, K = zeros(2, 4, 3, 8), zeros(2, 2, 5, 8)
+
+WRONG_TENSORS = {
+    "three dimensions": (
+        (zeros(4, 3, 8), K, K),
+        "attention takes q (B, H, T, K), k and v (B, G, S, K); "
+        "got q [4, 3, 8], k [2, 2, 5, 8], v [2, 2, 5, 8]",
+    ),
+    "values of another length": (
+        (Q, K, zeros(2, 2, 4, 8)),
+        "attention: batch, length or head width do not agree: "
+        "q [2, 4, 3, 8], k [2, 2, 5, 8], v [2, 2, 4, 8]",
+    ),
+    "another batch": (
+        (zeros(1, 4, 3, 8), K, K),
+        "attention: batch, length or head width do not agree: "
+        "q [1, 4, 3, 8], k [2, 2, 5, 8], v [2, 2, 5, 8]",
+    ),
+    "another head width": (
+        (zeros(2, 4, 3, 6), K, K),
+        "attention: batch, length or head width do not agree: "
+        "q [2, 4, 3, 6], k [2, 2, 5, 8], v [2, 2, 5, 8]",
+    ),
+    "heads that do not divide": (
+        (zeros(2, 3, 3, 8), K, K),
+        "attention: query heads must be a multiple of key heads: "
+        "q [2, 3, 3, 8], k [2, 2, 5, 8], v [2, 2, 5, 8]",
+    ),
+    "no key heads": (
+        (Q, zeros(2, 0, 5, 8), zeros(2, 0, 5, 8)),
+        "attention: query heads must be a multiple of key heads: "
+        "q [2, 4, 3, 8], k [2, 0, 5, 8], v [2, 0, 5, 8]",
+    ),
+    "more queries than keys": (
+        (zeros(2, 4, 6, 8), K, K),
+        "attention: there are more queries than keys: "
+        "q [2, 4, 6, 8], k [2, 2, 5, 8], v [2, 2, 5, 8]",
+    ),
+    "mixed dtypes": (
+        (Q.double(), K, K),
+        "attention: one dtype of float64, float32, bfloat16, float16 is needed; "
+        "got torch.float64, torch.float32, torch.float32",
+    ),
+    "an integer dtype": (
+        (Q.int(), K.int(), K.int()),
+        "attention: one dtype of float64, float32, bfloat16, float16 is needed; "
+        "got torch.int32, torch.int32, torch.int32",
+    ),
+    "two devices": (
+        (Q, zeros(2, 2, 5, 8, device="meta"), K),
+        "attention: one device is needed; got cpu, meta, cpu",
+    ),
+}
+
+WRONG_SEGMENTS = {
+    "the queries' length": (
+        zeros(2, 3, dtype=torch.int64),
+        "attention: segments must be (B, S) = [2, 5]; got [2, 3]",
+    ),
+    "floats": (zeros(2, 5), "attention: segments must be integers; got torch.float32"),
+    "another device": (
+        zeros(2, 5, dtype=torch.int64, device="meta"),
+        "attention: segments are on meta, keys on cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("name", WRONG_TENSORS)
+def test_tensors_that_do_not_agree_are_named(name: str, backend: str) -> None:
+    tensors, message = WRONG_TENSORS[name]
+    with pytest.raises(ValueError) as caught:
+        attention(*tensors, backend=backend)  # type: ignore[arg-type]
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("name", WRONG_SEGMENTS)
+def test_segments_that_do_not_fit_are_named(name: str, backend: str) -> None:
+    segments, message = WRONG_SEGMENTS[name]
+    with pytest.raises(ValueError) as caught:
+        attention(Q, K, K, segments=segments, backend=backend)  # type: ignore[arg-type]
+    assert str(caught.value) == message
+
+
+def test_an_unknown_back_end_is_named() -> None:
+    with pytest.raises(ValueError) as caught:
+        attention(Q, K, K, backend="flash")  # type: ignore[arg-type]
+    assert str(caught.value) == "backend='flash': must be 'auto', 'reference' or 'sdpa'"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
+def test_every_dtype_stays_what_it_was_and_near_fp64(dtype: torch.dtype, backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(2, 4, 6, 8), (2, 2, 6, 8), (2, 2, 6, 8)]
+    tensors = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    out = attention(*tensors, backend=backend)  # type: ignore[arg-type]
+    exact = attention(*(tensor.double() for tensor in tensors), backend="reference")
+    assert out.dtype == dtype
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_the_scale_multiplies_the_scores(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 4, generator=generator) for _ in range(3))
+    scaled = attention(q, k, v, scale=1.5, backend=backend)  # type: ignore[arg-type]
+    by_hand = attention(3.0 * q, k, v, backend=backend)  # type: ignore[arg-type]
+    torch.testing.assert_close(scaled, by_hand)
+    assert not torch.allclose(scaled, attention(q, k, v))
+
+
+@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_short_queries_are_the_last_rows_of_the_whole(backend: str, documents: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 7, 4, generator=generator) for _ in range(3))
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1]]) if documents else None
+    whole = attention(q, k, v, segments=segments)
+    for length in (1, 2, 6):
+        part = attention(q[:, :, -length:], k, v, segments=segments, backend=backend)  # type: ignore[arg-type]
+        torch.testing.assert_close(part, whole[:, :, -length:])

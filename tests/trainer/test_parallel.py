@@ -1,0 +1,119 @@
+"""Recomputation keeps what it says; precision and compilation follow the device unless asked."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from interlace.trainer.config.schema import ModelSection, TrainSection
+from interlace.trainer.models.language_model import LanguageModel
+from interlace.trainer.parallel import (
+    EXPENSIVE_OPERATIONS,
+    compile_layers,
+    compiles,
+    compute_dtype_of,
+    recompute_layers,
+    shard,
+)
+from interlace.trainer.world import World
+
+TOKENS = torch.arange(32).view(2, 16)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that reach a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        self.counts[operation.overloadpacket.__name__] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def build() -> LanguageModel:
+    model = LanguageModel(ModelSection(width=16, heads=2, layers=3), 40)
+    model.initialise(0)
+    return model
+
+
+def backward_operations(mode: str) -> Counter[str]:
+    model = build()
+    recompute_layers(list(model.layers), mode)
+    loss = model(TOKENS, TOKENS).objective
+    with Operations() as operations:
+        loss.backward()
+    return operations.counts
+
+
+def expensive(counts: Counter[str]) -> int:
+    return sum(counts[name] for name in EXPENSIVE_OPERATIONS)
+
+
+def test_block_recomputes_every_product_and_selective_none() -> None:
+    plain, block, selective = (backward_operations(mode) for mode in ("none", "block", "selective"))
+    assert expensive(plain) > 0
+    # Six projections and one attention in each of three layers: recomputation ends before the
+    # last product, whose result backward does not need.
+    assert expensive(block) - expensive(plain) == 3 * 7
+    assert expensive(selective) == expensive(plain)
+    # silu appears in backward only where a layer is computed again.
+    assert [counts["silu"] for counts in (plain, block, selective)] == [0, 3, 3]
+
+
+@pytest.mark.parametrize("mode", ["none", "block", "selective"])
+def test_recomputation_keeps_the_names_of_parameters(mode: str) -> None:
+    model, names = build(), list(build().state_dict())
+    recompute_layers(list(model.layers), mode)
+    assert list(model.state_dict()) == names
+
+
+def test_compilation_keeps_the_names_of_parameters() -> None:
+    model, names = build(), list(build().state_dict())
+    compile_layers(list(model.layers))
+    assert list(model.state_dict()) == names
+
+
+def test_one_rank_is_left_unwrapped() -> None:
+    model = build()
+    before = {name: type(module) for name, module in model.named_modules()}
+    shard(model, list(model.layers), World(), 1, torch.float32)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert all(type(value) is torch.nn.Parameter for value in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "dtype"),
+    [
+        ("auto", "cpu", torch.float32),
+        ("auto", "cuda", torch.bfloat16),
+        ("float32", "cuda", torch.float32),
+        ("bfloat16", "cpu", torch.bfloat16),
+    ],
+)
+def test_precision_is_as_asked_or_that_of_the_device(
+    asked: str, device: str, dtype: torch.dtype
+) -> None:
+    settings = TrainSection.model_validate({"compute_dtype": asked})
+    assert compute_dtype_of(settings, device) is dtype
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "answer"),
+    [
+        (None, "cpu", False),
+        (None, "cuda", True),
+        (False, "cuda", False),
+        (True, "cpu", True),
+    ],
+)
+def test_layers_are_compiled_as_asked_or_on_a_gpu(
+    asked: bool | None, device: str, answer: bool
+) -> None:
+    assert compiles(TrainSection(compile=asked), device) is answer
