@@ -1,0 +1,152 @@
+"""What the performance model decides on and what it decides: subgroups, homes, schedules.
+
+A subgroup is a slab of one rank's shard of one parameter group. It has one home: its state stays on
+the device (`resident`), visits the device in every update (`staged`), or stays on the host and is
+updated there (`host`). `Footprint` counts the bytes that one parameter of a subgroup moves and
+occupies; the counts follow the table of Deep Optimizer States (arXiv 2410.21316) and its
+successors, with a one-pass update on the CPU.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Home(StrEnum):
+    """Where a subgroup's state lives, and so who updates it."""
+
+    RESIDENT = "resident"
+    STAGED = "staged"
+    HOST = "host"
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes per parameter of one subgroup.
+
+    Attributes:
+        weight: The weight that the model computes with, on the device.
+        gradient: The gradient, where it is made and where it travels.
+        state: Everything the update rule keeps: master weight and moments. With a split master it
+            includes the high plane, which is the weight itself.
+        split_master: Whether the master is the device's weight plus a 16-bit remainder, so that the
+            high plane needs no copy of its own.
+    """
+
+    weight: int
+    gradient: int
+    state: int
+    split_master: bool = False
+
+    @property
+    def staged_copy(self) -> int:
+        """Copied in, and copied out again, per staged parameter: the state that the device lacks.
+
+        With a split master the device holds the high plane already.
+        """
+        return self.state - (self.weight if self.split_master else 0)
+
+    @property
+    def staged_dram(self) -> int:
+        """Bytes of host memory read and written per staged parameter."""
+        return 2 * self.staged_copy
+
+    @property
+    def host_dram(self) -> int:
+        """Bytes of host memory read and written per parameter that the CPU updates.
+
+        The gradient is written by the copy and read by the CPU, the state read and written in
+        place, the new weight written (with a split master it is part of the state) and read by the
+        copy.
+        """
+        weight_write = 0 if self.split_master else self.weight
+        return 2 * self.gradient + 2 * self.state + weight_write + self.weight
+
+    @property
+    def host_update(self) -> int:
+        """Bytes that the CPU itself reads and writes per parameter it updates."""
+        weight_write = 0 if self.split_master else self.weight
+        return self.gradient + 2 * self.state + weight_write
+
+    @property
+    def device_update(self) -> int:
+        """Bytes that the device reads and writes per parameter it updates."""
+        weight_write = 0 if self.split_master else self.weight
+        return self.gradient + 2 * self.state + weight_write
+
+
+@dataclass(frozen=True, slots=True)
+class Subgroup:
+    """One slab as the performance model sees it: a number of elements and their footprint."""
+
+    elements: int
+    footprint: Footprint
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """Bytes that optimizer state, gradients and staging slots of one rank may occupy.
+
+    Attributes:
+        device_bytes: On the device, beside weights and activations.
+        host_bytes: In host memory, pinned.
+    """
+
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenWindow:
+    """Seconds of compute beside which copies and updates may run unseen.
+
+    Attributes:
+        backward: From the first finished gradient to the end of the backward pass.
+        forward: The next forward pass.
+    """
+
+    backward: float = 0.0
+    forward: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the model expects of a schedule.
+
+    Attributes:
+        update_seconds: From the first to the last event of the update.
+        exposed_seconds: The part that no compute hides.
+        lane_seconds: Busy time of each lane: `h2d`, `d2h`, `duplex`, `cpu`, `device`, `dram`.
+        bound_by: The lane that is busy longest.
+    """
+
+    update_seconds: float
+    exposed_seconds: float
+    lane_seconds: dict[str, float]
+    bound_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A home for every subgroup, in the order of the update, and what is expected of it.
+
+    Attributes:
+        strategy: `none`, `host`, `stride` or `optimal`.
+        subgroups: What is updated, in order.
+        homes: One home per subgroup.
+        staging_slots: Sets of device buffers that staged subgroups pass through.
+        prediction: Times that the performance model expects.
+    """
+
+    strategy: str
+    subgroups: tuple[Subgroup, ...]
+    homes: tuple[Home, ...]
+    staging_slots: int
+    prediction: Prediction
+
+    def elements(self, home: Home) -> int:
+        """Return how many parameters have this home."""
+        return sum(
+            subgroup.elements
+            for subgroup, where in zip(self.subgroups, self.homes, strict=True)
+            if where is home
+        )
