@@ -1,0 +1,146 @@
+"""`update`: one call for every rule, dtype and device; it says what is wrong with what it is given.
+
+On a CPU the compiled one-pass kernels run, on a GPU the Triton kernels; float64 slabs go to the
+plain formula. All of them do the same arithmetic in the same order.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from interlace.kernels.update.rules import UpdateRule
+from interlace.kernels.update.slab import Slab, Step
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def update(
+    rule: UpdateRule, slab: Slab, step: Step, *, start: int = 0, stop: int | None = None
+) -> None:
+    """Update elements `start` to `stop` of a slab in place.
+
+    Raises:
+        TypeError: A tensor has a dtype that the rule's kernels do not take.
+        ValueError: Tensors differ in length or device, or the number of moments is wrong.
+    """
+    check(rule, slab)
+    stop = slab.gradient.numel() if stop is None else stop
+    if start >= stop:
+        return
+    part = cut(slab, start, stop)
+    if slab.master.dtype is torch.float64:
+        update_plain(rule, part, step)
+    elif slab.master.device.type == "cpu":
+        update_on_cpu(rule, part, step, step.first_element + start)
+    else:
+        from interlace.kernels.update.gpu import update_on_gpu
+
+        update_on_gpu(rule, part, step, step.first_element + start)
+
+
+def check(rule: UpdateRule, slab: Slab) -> None:
+    """Raise unless a slab is one that the kernels of a rule can update."""
+    named = {"gradient": slab.gradient, "master": slab.master, "weight": slab.weight}
+    named |= {f"moment {n}": moment for n, moment in enumerate(slab.moments)}
+    named["remainder"] = slab.remainder
+    present = {name: tensor for name, tensor in named.items() if tensor is not None}
+    if len(slab.moments) != len(rule.moments):
+        raise ValueError(f"rule {rule.name} keeps {rule.moments}, given {len(slab.moments)}")
+    for name, tensor in present.items():
+        if tensor.shape != slab.gradient.shape or tensor.ndim != 1 or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, the gradient "
+                f"{tuple(slab.gradient.shape)}; all must be 1-D, contiguous and equally long"
+            )
+        if tensor.device != slab.gradient.device:
+            raise ValueError(f"{name} is on {tensor.device}, not on {slab.gradient.device}")
+    allowed: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(present, FLOATS)
+    allowed["master"] = (torch.float32,) if slab.remainder is None else (torch.bfloat16,)
+    if slab.master.dtype is torch.float64 and slab.remainder is None:
+        allowed = dict.fromkeys(present, (torch.float64,))
+    allowed["remainder"] = (torch.int16,)
+    for name, tensor in present.items():
+        if tensor.dtype not in allowed[name]:
+            wanted = " or ".join(str(dtype) for dtype in allowed[name])
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be {wanted}")
+
+
+def cut(slab: Slab, start: int, stop: int) -> Slab:
+    """Return a range of a slab, as views."""
+
+    def piece(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor[start:stop]
+
+    return Slab(
+        gradient=slab.gradient[start:stop],
+        master=slab.master[start:stop],
+        moments=tuple(moment[start:stop] for moment in slab.moments),
+        weight=piece(slab.weight),
+        remainder=piece(slab.remainder),
+    )
+
+
+def update_plain(rule: UpdateRule, slab: Slab, step: Step) -> None:
+    """Update with the plain formula, in the master's precision."""
+    gradient = slab.gradient.to(slab.master.dtype) * step.gradient_scale
+    rule.plain(slab.master, gradient, slab.moments, step.number, step.hyper)
+    if slab.weight is not None:
+        slab.weight.copy_(slab.master)
+
+
+def update_on_cpu(rule: UpdateRule, slab: Slab, step: Step, position: int) -> None:
+    """Run the compiled kernel over a whole slab."""
+    from interlace.kernels.update.cpu import KERNELS
+
+    scalars = tuple(np.float32(value) for value in rule.scalars(step.number, step.hyper))
+    KERNELS[rule.name](
+        as_array(slab.gradient),
+        as_array(slab.master),
+        *(as_array(moment) for moment in slab.moments),
+        None if slab.weight is None else as_array(slab.weight),
+        None if slab.remainder is None else as_array(slab.remainder),
+        np.float32(step.gradient_scale),
+        scalars,
+        np.uint32(position & 0xFFFFFFFF),
+        rounding_keys(rule, step),
+    )
+
+
+def rounding_keys(rule: UpdateRule, step: Step) -> tuple[Any, ...]:
+    """Return one 32-bit key per moment, different for every seed, update and moment."""
+    keys = np.random.SeedSequence([step.rounding_seed, step.number]).generate_state(
+        len(rule.moments), np.uint32
+    )
+    return tuple(np.uint32(key) for key in keys)
+
+
+def as_array(tensor: torch.Tensor) -> Any:
+    """Return a CPU tensor as a numpy array over the same memory; bfloat16 as its 16 bits."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squares of a 1-D tensor, 0-d float64, on its device.
+
+    On a CPU it does not depend on thread counts or memory alignment. Infinities and NaN carry over.
+    """
+    if tensor.device.type == "cpu" and tensor.dtype in FLOATS:
+        from interlace.kernels.update.cpu import squares
+
+        return torch.tensor(squares(as_array(tensor)), dtype=torch.float64)
+    return tensor.double().square().sum()
+
+
+def warm_up(rule: UpdateRule, weight: torch.dtype, moment: torch.dtype) -> None:
+    """Compile (or load from disk) what updates of such weights will need on the CPU."""
+    if weight is torch.float64:
+        return
+    for gradient in {weight, torch.float32}:
+        one = torch.zeros(1, dtype=gradient)
+        master = torch.zeros(1)
+        moments = tuple(torch.zeros(1, dtype=moment) for _ in rule.moments)
+        target = None if weight is torch.float32 else torch.zeros(1, dtype=weight)
+        update(rule, Slab(one, master, moments, target), Step(1, 1.0, rule.hyperparameters()))
+        sum_of_squares(one)

@@ -1,0 +1,48 @@
+"""What an update works on: the tensors of one slab, and the scalars of one step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Slab:
+    """1-D contiguous tensors of n elements each, all on one device.
+
+    Attributes:
+        gradient: float32 or bfloat16.
+        master: float32, updated in place; with a `remainder` the bfloat16 high plane.
+        moments: One per moment of the rule, float32, or bfloat16 with stochastic rounding.
+        weight: Receives the new weight, rounded to nearest even (bfloat16) or as it is (float32);
+            None where the master is the weight.
+        remainder: int16 low plane of a split master (see `planes`), or None.
+
+    In float64 all tensors are float64 and there is no remainder; the plain twin computes.
+    """
+
+    gradient: torch.Tensor
+    master: torch.Tensor
+    moments: tuple[torch.Tensor, ...]
+    weight: torch.Tensor | None = None
+    remainder: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """The scalars of one update.
+
+    Attributes:
+        number: Which update of these elements this is, from 1.
+        gradient_scale: Gradients are multiplied by this first: unscaling and clipping in one.
+        hyper: Values of the parameter group: `lr` and what else the rule reads.
+        rounding_seed: Seed of stochastic rounding.
+        first_element: Position of element 0 in what the seed counts over, so that rounding does not
+            depend on how slabs are cut.
+    """
+
+    number: int
+    gradient_scale: float
+    hyper: Mapping[str, object]
+    rounding_seed: int = 0
+    first_element: int = 0
