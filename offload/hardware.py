@@ -1,4 +1,4 @@
-"""What this machine can do: memory sizes and the peak rate of matrix products.
+"""What a machine can do: memory sizes, the peak rate of matrix products, copy and update rates.
 
 The rate is the denominator of MFU. For well-known GPUs it is the vendor's dense bf16 figure; on a
 CPU, and on GPUs that the table does not know, it is measured here, so that MFU means "share of the
@@ -6,12 +6,22 @@ best matrix product this machine showed". Memory sizes come from the driver and 
 runs at import.
 """
 
+import difflib
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 PEAK_BF16_FLOPS = {
     "A100": 312e12,
@@ -32,21 +42,114 @@ PEAK_BF16_FLOPS = {
 matching name counts."""
 
 
-@dataclass(frozen=True)
-class HardwareProfile:
-    """One rank's share of a machine.
+MACHINES = Path(__file__).parent / "machines"
+"""Profiles of known machines, one JSON file each."""
 
-    Attributes:
-        device_name: Model name of the accelerator, or `CPU`.
-        matmul_flops: Peak FLOP/s of a matrix product in the compute dtype.
-        device_memory_bytes: Memory of the accelerator; the host's own where there is none.
-        host_memory_bytes: Physical memory of the host.
-    """
+
+class OffloadRates(BaseModel):
+    """How fast one rank copies and updates, and what the ranks of a node share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ranks_per_node: PositiveInt = 1
+    """Ranks that share the node's host memory, each with its own device and copy engines."""
+
+    h2d_bytes_per_second: PositiveFloat
+    """Copies to the device from pinned memory, one rank alone."""
+
+    d2h_bytes_per_second: PositiveFloat
+    """Copies to the host into pinned memory, one rank alone."""
+
+    duplex_efficiency: Annotated[float, Field(gt=0.5, le=1.0)] = 1.0
+    """Rate of each direction while both are busy, as a share of its rate alone."""
+
+    pageable_bytes_per_second: PositiveFloat
+    """Copies from or to memory that is not pinned; only the published systems use them."""
+
+    cpu_update_bytes_per_second: PositiveFloat
+    """One-pass update on one rank's share of the node's cores, in bytes read and written."""
+
+    cpu_cast_elements_per_second: PositiveFloat
+    """A cast on one thread, as in a blocking copy that changes the type."""
+
+    device_update_bytes_per_second: PositiveFloat
+    """Update on the device, in bytes read and written."""
+
+    host_dram_bytes_per_second: PositiveFloat
+    """Host memory of the whole node, reads and writes together, as a STREAM-like loop sees it."""
+
+    collective_bytes_per_second: PositiveFloat
+    """All-gather and reduce-scatter inside a node, per rank, in bytes that the rank receives."""
+
+    network_bytes_per_second: PositiveFloat
+    """The same between nodes, per rank."""
+
+    attainable_flops_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of the peak matrix rate that training reaches while it computes."""
+
+    step_overhead_seconds: NonNegativeFloat = 0.0
+    """Time of a published system's iteration outside forward, backward and update."""
+
+
+class HardwareProfile(BaseModel):
+    """One rank's share of a machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     device_name: str
-    matmul_flops: float
-    device_memory_bytes: int
-    host_memory_bytes: int
+    """Model name of the accelerator, or `CPU`."""
+
+    matmul_flops: PositiveFloat
+    """Peak FLOP/s of a matrix product in the compute dtype."""
+
+    device_memory_bytes: PositiveInt
+    """Memory of the accelerator; the host's own where there is none."""
+
+    host_memory_bytes: PositiveInt
+    """Physical memory of the host."""
+
+    name: str = ""
+    """Name of a known machine, or of the host it was measured on."""
+
+    sources: dict[str, str] = {}
+    """Where each figure comes from."""
+
+    measurements: dict[str, dict[str, float]] = {}
+    """Single figures behind the rates, as `interlace profile` took them."""
+
+    rates: OffloadRates | None = None
+    """Copy and update rates; None until they are measured."""
+
+
+def known_machines() -> list[str]:
+    """Return the names of the profiles that ship."""
+    return sorted(path.stem for path in MACHINES.glob("*.json"))
+
+
+def load_profile(name: str) -> HardwareProfile:
+    """Return the profile of a known machine, or of a JSON file that `interlace profile` wrote.
+
+    Raises:
+        ValueError: There is no such machine or file, or the file is not a profile.
+    """
+    path = Path(name) if name.endswith(".json") else MACHINES / f"{name}.json"
+    known = known_machines()
+    if not path.is_file():
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"hardware {name}: is neither a known machine ({', '.join(known)}) nor a JSON file "
+            f"that `interlace profile` wrote{hint}"
+        )
+    try:
+        return HardwareProfile.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ValueError(
+            f"hardware {name}: is not a profile: {where}: {first['msg']}; "
+            "measure one with `interlace profile`"
+        ) from error
 
 
 def profile_hardware(device: torch.device, dtype: torch.dtype) -> HardwareProfile:
@@ -59,8 +162,18 @@ def profile_hardware(device: torch.device, dtype: torch.dtype) -> HardwareProfil
             PEAK_BF16_FLOPS[max(known, key=len)] if known and dtype is torch.bfloat16 else None
         )
         rate = published or measure_matmul_flops(device, dtype)
-        return HardwareProfile(properties.name, rate, properties.total_memory, host)
-    return HardwareProfile("CPU", measure_matmul_flops(device, dtype), host, host)
+        return HardwareProfile(
+            device_name=properties.name,
+            matmul_flops=rate,
+            device_memory_bytes=properties.total_memory,
+            host_memory_bytes=host,
+        )
+    return HardwareProfile(
+        device_name="CPU",
+        matmul_flops=measure_matmul_flops(device, dtype),
+        device_memory_bytes=host,
+        host_memory_bytes=host,
+    )
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, trials: int = 20) -> float:

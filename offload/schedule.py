@@ -7,8 +7,13 @@ occupies; the counts follow the table of Deep Optimizer States (arXiv 2410.21316
 successors, with a one-pass update on the CPU.
 """
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
+
+
+class MemoryShortage(ValueError):
+    """State does not fit: says what is needed, what is there and which setting helps."""
 
 
 class Home(StrEnum):
@@ -35,15 +40,15 @@ class Footprint:
     weight: int
     gradient: int
     state: int
-    split_master: bool = False
+    weight_is_master: bool = False
 
     @property
     def staged_copy(self) -> int:
         """Copied in, and copied out again, per staged parameter: the state that the device lacks.
 
-        With a split master the device holds the high plane already.
+        Where the weight is the master, or its high plane, the device holds that already.
         """
-        return self.state - (self.weight if self.split_master else 0)
+        return self.state - (self.weight if self.weight_is_master else 0)
 
     @property
     def staged_dram(self) -> int:
@@ -55,22 +60,31 @@ class Footprint:
         """Bytes of host memory read and written per parameter that the CPU updates.
 
         The gradient is written by the copy and read by the CPU, the state read and written in
-        place, the new weight written (with a split master it is part of the state) and read by the
-        copy.
+        place, the new weight written (unless it is part of the state) and read by the copy.
         """
-        weight_write = 0 if self.split_master else self.weight
+        weight_write = 0 if self.weight_is_master else self.weight
         return 2 * self.gradient + 2 * self.state + weight_write + self.weight
 
     @property
     def host_update(self) -> int:
         """Bytes that the CPU itself reads and writes per parameter it updates."""
-        weight_write = 0 if self.split_master else self.weight
+        weight_write = 0 if self.weight_is_master else self.weight
         return self.gradient + 2 * self.state + weight_write
+
+    @property
+    def resident_memory(self) -> int:
+        """Bytes of device memory per resident parameter, its gradient included."""
+        return self.staged_copy + self.gradient
+
+    @property
+    def host_memory(self) -> int:
+        """Bytes of host memory per parameter that the CPU updates."""
+        return self.state + self.gradient + (0 if self.weight_is_master else self.weight)
 
     @property
     def device_update(self) -> int:
         """Bytes that the device reads and writes per parameter it updates."""
-        weight_write = 0 if self.split_master else self.weight
+        weight_write = 0 if self.weight_is_master else self.weight
         return self.gradient + 2 * self.state + weight_write
 
 
@@ -100,12 +114,24 @@ class HiddenWindow:
     """Seconds of compute beside which copies and updates may run unseen.
 
     Attributes:
-        backward: From the first finished gradient to the end of the backward pass.
-        forward: The next forward pass.
+        backward: Of the backward pass, for updates that start before it ends.
+        forward: Of the next forward pass, for updates that go on beside it.
+        flush: Of the backward pass, for gradients on their way to the host; infinite means that
+            they never hold anything up.
     """
 
     backward: float = 0.0
     forward: float = 0.0
+    flush: float = math.inf
+
+    @property
+    def total(self) -> float:
+        """Seconds of an update that nobody sees."""
+        return self.backward + self.forward
+
+
+NOTHING_HIDDEN = HiddenWindow()
+"""Updates stand alone between backward and forward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +141,9 @@ class Prediction:
     Attributes:
         update_seconds: From the first to the last event of the update.
         exposed_seconds: The part that no compute hides.
-        lane_seconds: Busy time of each lane: `h2d`, `d2h`, `duplex`, `cpu`, `device`, `dram`.
-        bound_by: The lane that is busy longest.
+        lane_seconds: Least time of each lane: `h2d`, `d2h`, `cpu`, `device`, `dram`, and `flush`
+            for the gradients that backward does not hide.
+        bound_by: The lane that needs longest.
     """
 
     update_seconds: float

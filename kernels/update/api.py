@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from interlace.kernels.update.rules import UpdateRule
-from interlace.kernels.update.slab import Slab, Step
+from interlace.kernels.update.slab import Slab, Step, rounding_keys
 
 FLOATS = (torch.float32, torch.bfloat16)
 
@@ -105,14 +105,6 @@ def update_on_cpu(rule: UpdateRule, slab: Slab, step: Step, position: int) -> No
         np.uint32(position & 0xFFFFFFFF),
         rounding_keys(rule, step),
     )
-
-
-def rounding_keys(rule: UpdateRule, step: Step) -> tuple[Any, ...]:
-    """Return one 32-bit key per moment, different for every seed, update and moment."""
-    keys = np.random.SeedSequence([step.rounding_seed, step.number]).generate_state(
-        len(rule.moments), np.uint32
-    )
-    return tuple(np.uint32(key) for key in keys)
 
 
 def as_array(tensor: torch.Tensor) -> Any:

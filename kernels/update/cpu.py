@@ -5,33 +5,154 @@ machine. The GIL is free while they run. They are serial on purpose: the caller 
 and gives each a range, so that thread counts and cores are its own and no launcher's. Arithmetic is
 IEEE single precision without contraction or reassociation: results do not depend on how the range
 is cut or vectorised.
+
+Numba has no bfloat16. Tensors of that type arrive as unsigned 16-bit integers and are widened and
+rounded here; which code is used follows from the type of the array, at compile time, and an absent
+tensor (None) compiles to nothing. All of it stays in one file: the compiled code on disk is renewed
+when this file changes, and only then.
 """
 
-# Compiled from bytecode by Numba: see bits.py.
-# pyright: basic
+# Numba compiles these functions from their bytecode and chooses by `overload` what they call, which
+# pyright cannot follow; their signatures carry no types.
+# pyright: basic, reportCallIssue=false
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
 
-from interlace.kernels.update.bits import (
-    read,
-    read_master,
-    write_master,
-    write_nearest,
-    write_stochastic,
-)
+
+@intrinsic
+def bits_of(typing_context, value):
+    """Return the bit pattern of a float32 as uint32."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def float_of(typing_context, value):
+    """Return the float32 that has a bit pattern."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+def read(array, index):
+    """Return one element as float32."""
+    raise NotImplementedError("compiled only")
+
+
+def write_nearest(array, index, value):
+    """Store a float32, rounded to nearest even where the array is bfloat16."""
+    raise NotImplementedError("compiled only")
+
+
+def write_stochastic(array, index, value, noise):
+    """Store a float32, rounded up with the probability of what is rounded off."""
+    raise NotImplementedError("compiled only")
+
+
+def read_master(master, remainder, index):
+    """Return one element of a master, whole or split."""
+    raise NotImplementedError("compiled only")
+
+
+def write_master(master, remainder, index, value):
+    """Store one element of a master, whole or split."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(read, inline="always")
+def _read(array, index):
+    if array.dtype == types.uint16:
+        return lambda array, index: float_of(np.uint32(array[index]) << np.uint32(16))
+    return lambda array, index: array[index]
+
+
+@overload(write_nearest, inline="always")
+def _write_nearest(array, index, value):
+    if isinstance(array, types.NoneType):
+        return lambda array, index, value: None
+    if array.dtype == types.uint16:
+
+        def store(array, index, value):
+            bits = bits_of(value)
+            odd = (bits >> np.uint32(16)) & np.uint32(1)
+            up = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+            nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            array[index] = np.uint16(np.uint32(0x7FC0) if nan else up)
+
+        return store
+
+    def keep(array, index, value):
+        array[index] = value
+
+    return keep
+
+
+@overload(write_stochastic, inline="always")
+def _write_stochastic(array, index, value, noise):
+    if array.dtype == types.uint16:
+
+        def store(array, index, value, noise):
+            bits = bits_of(value)
+            finite = np.uint32((bits & np.uint32(0x7F800000)) != np.uint32(0x7F800000))
+            added = finite * (noise & np.uint32(0xFFFF))
+            array[index] = np.uint16((bits + added) >> np.uint32(16))
+
+        return store
+
+    def keep(array, index, value, noise):
+        array[index] = value
+
+    return keep
+
+
+@overload(read_master, inline="always")
+def _read_master(master, remainder, index):
+    if isinstance(remainder, types.NoneType):
+        return lambda master, remainder, index: master[index]
+
+    def merge(master, remainder, index):
+        low = np.uint32(np.int32(remainder[index]))
+        return float_of((np.uint32(master[index]) << np.uint32(16)) + low)
+
+    return merge
+
+
+@overload(write_master, inline="always")
+def _write_master(master, remainder, index, value):
+    if isinstance(remainder, types.NoneType):
+
+        def keep(master, remainder, index, value):
+            master[index] = value
+
+        return keep
+
+    def split(master, remainder, index, value):
+        bits = bits_of(value)
+        high = (bits + np.uint32(0x8000)) >> np.uint32(16)
+        master[index] = np.uint16(high)
+        remainder[index] = np.int16(np.uint16(bits & np.uint32(0xFFFF)))
+
+    return split
 
 
 @njit(inline="always")
 def noise(position, key):
     """Return 32 well-mixed bits for a position (finaliser of MurmurHash3, Appleby 2011)."""
-    x = position ^ key
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(0x85EBCA6B)
-    x ^= x >> np.uint32(13)
-    x *= np.uint32(0xC2B2AE35)
-    x ^= x >> np.uint32(16)
-    return x
+    # Numba widens 32-bit integers in every operation; each is cut back.
+    x = np.uint32(position ^ key)
+    x = np.uint32(x ^ (x >> np.uint32(16)))
+    x = np.uint32(x * np.uint32(0x85EBCA6B))
+    x = np.uint32(x ^ (x >> np.uint32(13)))
+    x = np.uint32(x * np.uint32(0xC2B2AE35))
+    return np.uint32(x ^ (x >> np.uint32(16)))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -44,7 +165,7 @@ def adamw(gradient, master, first, second, weight, remainder, scale, scalars, po
         v = beta2 * read(second, i) + rest2 * (g * g)
         w = read_master(master, remainder, i) * keep
         w -= size * (m / (np.sqrt(v) * root + eps))
-        at = position + np.uint32(i)
+        at = np.uint32(position + np.uint32(i))
         write_stochastic(first, i, m, noise(at, keys[0]))
         write_stochastic(second, i, v, noise(at, keys[1]))
         write_master(master, remainder, i, w)
@@ -60,7 +181,7 @@ def sgd(gradient, master, buffer, weight, remainder, scale, scalars, position, k
         g = read(gradient, i) * scale + decay * w
         b = momentum * read(buffer, i) + g
         w -= lr * (of_gradient * g + of_buffer * b)
-        write_stochastic(buffer, i, b, noise(position + np.uint32(i), keys[0]))
+        write_stochastic(buffer, i, b, noise(np.uint32(position + np.uint32(i)), keys[0]))
         write_master(master, remainder, i, w)
         write_nearest(weight, i, w)
 

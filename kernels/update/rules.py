@@ -16,15 +16,11 @@ import torch
 class UpdateRule(Protocol):
     """What the engine needs to know of a rule."""
 
-    @property
-    def name(self) -> str:
-        """Name in recipes and reports; selects the kernel."""
-        ...
+    name: ClassVar[str]
+    """Name in recipes and reports; selects the kernel."""
 
-    @property
-    def moments(self) -> tuple[str, ...]:
-        """Names of the state tensors beside the weight, each of the weight's shape."""
-        ...
+    moments: ClassVar[tuple[str, ...]]
+    """Names of the state tensors beside the weight, each of the weight's shape."""
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the defaults of parameter groups."""

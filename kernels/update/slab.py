@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from interlace.kernels.update.rules import UpdateRule
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,11 @@ class Step:
     hyper: Mapping[str, object]
     rounding_seed: int = 0
     first_element: int = 0
+
+
+def rounding_keys(rule: UpdateRule, step: Step) -> tuple[np.uint32, ...]:
+    """Return one 32-bit key per moment, different for every seed, update and moment."""
+    keys = np.random.SeedSequence([step.rounding_seed, step.number]).generate_state(
+        len(rule.moments), np.uint32
+    )
+    return tuple(np.uint32(key) for key in keys)

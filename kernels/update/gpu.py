@@ -1,0 +1,155 @@
+"""One-pass updates on a GPU (Triton): the arithmetic of `cpu.py`, in the same order.
+
+Multiplications and additions are not contracted and division and square root are correctly
+rounded, so that a subgroup's numbers do not depend on where it is updated. Without a GPU the
+kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), which the tests use.
+"""
+
+# Triton compiles these functions from their source; pyright cannot follow its language.
+# pyright: basic
+
+import torch
+import triton
+import triton.language as tl
+
+from interlace.kernels.update.rules import UpdateRule
+from interlace.kernels.update.slab import Slab, Step, rounding_keys
+
+BLOCK = 1024
+
+
+@triton.jit
+def noise(position, key):
+    """Return 32 well-mixed bits for a position (finaliser of MurmurHash3, Appleby 2011)."""
+    x = position ^ key
+    x ^= x >> 16
+    x = (x * 0x85EBCA6B).to(tl.uint32)
+    x ^= x >> 13
+    x = (x * 0xC2B2AE35).to(tl.uint32)
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def store_rounded(pointer, value, random_bits, mask):
+    """Store float32, stochastically rounded where the target is bfloat16."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        bits = tl.where(finite, bits + (random_bits & 0xFFFF), bits)
+        tl.store(pointer, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(pointer, value, mask=mask)
+
+
+@triton.jit
+def store_nearest(pointer, value, mask):
+    """Store float32, rounded to nearest even where the target is bfloat16."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        up = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, up)
+        tl.store(pointer, up.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(pointer, value, mask=mask)
+
+
+@triton.jit
+def load_master(master, remainder, at, mask, split: tl.constexpr):
+    """Load a master, whole or split."""
+    if split:
+        high = tl.load(master + at, mask=mask).to(tl.uint16, bitcast=True).to(tl.uint32)
+        low = tl.load(remainder + at, mask=mask).to(tl.int32).to(tl.uint32, bitcast=True)
+        return ((high << 16) + low).to(tl.float32, bitcast=True)
+    else:  # noqa: RET505  (both branches must not be compiled)
+        return tl.load(master + at, mask=mask)
+
+
+@triton.jit
+def store_master(master, remainder, at, value, mask, split: tl.constexpr):
+    """Store a master, whole or split."""
+    if split:
+        bits = value.to(tl.uint32, bitcast=True)
+        high = ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        low = (bits & 0xFFFF).to(tl.uint16).to(tl.int16, bitcast=True)
+        tl.store(master + at, high, mask=mask)
+        tl.store(remainder + at, low, mask=mask)
+    else:
+        tl.store(master + at, value, mask=mask)
+
+
+@triton.jit
+def adamw(
+    gradient, master, first, second, weight, remainder, count, scale,
+    keep, beta1, rest1, beta2, rest2, root, eps, size,
+    position, key1, key2, split: tl.constexpr, writes: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Update one block; see `AdamW.scalars`."""
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    mask = at < count
+    g = tl.load(gradient + at, mask=mask).to(tl.float32) * scale
+    m = beta1 * tl.load(first + at, mask=mask).to(tl.float32) + rest1 * g
+    v = beta2 * tl.load(second + at, mask=mask).to(tl.float32) + rest2 * (g * g)
+    w = load_master(master, remainder, at, mask, split) * keep
+    w -= size * tl.div_rn(m, tl.sqrt_rn(v) * root + eps)
+    place = at.to(tl.uint32) + position.to(tl.uint32)
+    store_rounded(first + at, m, noise(place, key1.to(tl.uint32)), mask)
+    store_rounded(second + at, v, noise(place, key2.to(tl.uint32)), mask)
+    store_master(master, remainder, at, w, mask, split)
+    if writes:
+        store_nearest(weight + at, w, mask)
+
+
+@triton.jit
+def sgd(
+    gradient, master, buffer, weight, remainder, count, scale,
+    decay, momentum, of_gradient, of_buffer, lr,
+    position, key1, split: tl.constexpr, writes: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Update one block; see `SGD.scalars`."""
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    mask = at < count
+    w = load_master(master, remainder, at, mask, split)
+    g = tl.load(gradient + at, mask=mask).to(tl.float32) * scale + decay * w
+    b = momentum * tl.load(buffer + at, mask=mask).to(tl.float32) + g
+    w -= lr * (of_gradient * g + of_buffer * b)
+    place = at.to(tl.uint32) + position.to(tl.uint32)
+    store_rounded(buffer + at, b, noise(place, key1.to(tl.uint32)), mask)
+    store_master(master, remainder, at, w, mask, split)
+    if writes:
+        store_nearest(weight + at, w, mask)
+
+
+KERNELS = {"adamw": adamw, "sgd": sgd}
+
+
+def update_on_gpu(rule: UpdateRule, slab: Slab, step: Step, position: int) -> None:
+    """Run the kernel over a whole slab, on the current stream."""
+    count = slab.gradient.numel()
+    scalars = (float(value) for value in rule.scalars(step.number, step.hyper))
+    # An absent tensor is never touched; any pointer stands in for it.
+    weight = slab.master if slab.weight is None else slab.weight
+    remainder = slab.master if slab.remainder is None else slab.remainder
+    with torch.cuda.device_of(slab.master):
+        KERNELS[rule.name][(triton.cdiv(count, BLOCK),)](
+            slab.gradient,
+            slab.master,
+            *slab.moments,
+            weight,
+            remainder,
+            count,
+            step.gradient_scale,
+            *scalars,
+            signed(position),
+            *(signed(int(key)) for key in rounding_keys(rule, step)),
+            split=slab.remainder is not None,
+            writes=slab.weight is not None,
+            block=BLOCK,
+            enable_fp_fusion=False,
+        )
+
+
+def signed(bits: int) -> int:
+    """Return 32 bits as the signed number a kernel argument takes."""
+    bits &= 0xFFFFFFFF
+    return bits - 2**32 if bits >= 2**31 else bits

@@ -1,0 +1,216 @@
+"""Runs the update of one subgroup after another on the lanes, each as its home says.
+
+`host`: the CPU updates the slab in one pass, then the new weights are copied up. `staged`: the
+state is copied into a slot on the device, updated there, and copied back; with two slots or more
+the copies of one subgroup run under the update of another. `resident`: updated where it is. Every
+element goes through the same arithmetic in the same order wherever it is updated.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from interlace.kernels.update import Slab, Step, update
+from interlace.offload.lanes import Lanes, Ticket
+from interlace.offload.schedule import Home
+from interlace.offload.subgroup import MASTER, REMAINDER, Member, SubgroupState, version_of
+
+
+@dataclass(frozen=True)
+class Work:
+    """One subgroup's update: hyperparameters as they were when it was launched."""
+
+    subgroup: SubgroupState
+    scale: float
+    hyper: Mapping[str, object]
+    runs: tuple[tuple[int, int, int], ...]
+    arrived: tuple[Member, ...]
+
+    @classmethod
+    def of(cls, subgroup: SubgroupState, scale: float) -> "Work":
+        """Take a snapshot of what the update depends on."""
+        hyper = {key: value for key, value in subgroup.group.items() if key != "params"}
+        arrived = tuple(member for member in subgroup.members if member.arrivals)
+        return cls(subgroup, scale, hyper, tuple(subgroup.runs()), arrived)
+
+    def step(self, number: int, first_element: int) -> Step:
+        """Return the scalars of the update after `number` updates."""
+        return Step(
+            number=number + 1,
+            gradient_scale=self.scale,
+            hyper=self.hyper,
+            first_element=first_element,
+        )
+
+
+@dataclass
+class Slot:
+    """Device buffers that staged subgroups pass through, by name and dtype."""
+
+    buffers: dict[tuple[str, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    freed: tuple[Ticket, ...] = ()
+
+
+class Executor:
+    """Launches updates on the lanes of one rank.
+
+    Args:
+        lanes: Where the work runs.
+        slots: Number of staging slots, at least 1.
+    """
+
+    def __init__(self, lanes: Lanes, slots: int) -> None:
+        self.lanes = lanes
+        self.slots = [Slot() for _ in range(slots)]
+        self.turn = 0
+
+    def make_slots(self, subgroups: Sequence[SubgroupState]) -> None:
+        """Give every slot buffers for the largest staged subgroup; between steps only."""
+        sizes: dict[tuple[str, torch.dtype], int] = {}
+        for subgroup in subgroups:
+            if subgroup.home is Home.STAGED:
+                for name, slab in subgroup.slabs.items():
+                    key = (name, slab.dtype)
+                    sizes[key] = max(sizes.get(key, 0), subgroup.elements)
+        for slot in self.slots:
+            held = {key: buffer.numel() for key, buffer in slot.buffers.items()}
+            if held != sizes:
+                slot.buffers = {
+                    key: torch.empty(size, dtype=key[1], device=self.lanes.device)
+                    for key, size in sizes.items()
+                }
+
+    def launch(self, work: Work) -> None:
+        """Submit all work of one subgroup's update; return at once."""
+        subgroup = work.subgroup
+        match subgroup.home:
+            case Home.HOST:
+                tickets = self.on_host(work)
+                subgroup.weights_ready = tickets[-1]
+            case Home.STAGED:
+                tickets = self.through_slot(work)
+                subgroup.weights_ready = tickets[1]
+            case Home.RESIDENT:
+                tickets = [self.on_device(work, subgroup.slabs, (self.lanes.current_work(),))]
+                subgroup.weights_ready = tickets[0]
+        subgroup.updating = tickets
+        subgroup.arriving = []
+
+    def on_host(self, work: Work) -> list[Ticket]:
+        """Update on the CPU, then copy the weights up."""
+        subgroup = work.subgroup
+        updated = self.lanes.cpu.submit(
+            partial(self.update_on_host, work),
+            what="update",
+            subgroup=subgroup.index,
+            bytes=subgroup.elements * subgroup.shape.footprint.host_update,
+            after=(*subgroup.arriving, *subgroup.updating),
+        )
+        uploaded = self.lanes.h2d.submit(
+            partial(upload_weights, work),
+            what="weights",
+            subgroup=subgroup.index,
+            bytes=subgroup.elements * subgroup.weight_dtype.itemsize,
+            after=(updated,),
+        )
+        return [updated, uploaded]
+
+    def update_on_host(self, work: Work) -> None:
+        """Share the slab over the threads of the pool."""
+        subgroup = work.subgroup
+        upload = None if subgroup.upload is subgroup.slabs[MASTER] else subgroup.upload
+        slab = Slab(
+            gradient=subgroup.gradient,
+            master=subgroup.slabs[MASTER],
+            moments=tuple(subgroup.slabs[name] for name in subgroup.layout.rule.moments),
+            weight=upload,
+            remainder=subgroup.slabs.get(REMAINDER),
+        )
+
+        def share(start: int, stop: int) -> None:
+            for first, last, number in work.runs:
+                low, high = max(start, first), min(stop, last)
+                if low < high:
+                    step = work.step(number, subgroup.first_element)
+                    update(subgroup.layout.rule, slab, step, start=low, stop=high)
+
+        self.lanes.pool.over_range(subgroup.elements, share)
+
+    def through_slot(self, work: Work) -> list[Ticket]:
+        """Copy the state in, update it on the device, copy it back."""
+        subgroup = work.subgroup
+        slot = self.slots[self.turn % len(self.slots)]
+        self.turn += 1
+        inside = {
+            name: slot.buffers[name, slab.dtype][: subgroup.elements]
+            for name, slab in subgroup.slabs.items()
+        }
+        size = sum(slab.numel() * slab.element_size() for slab in subgroup.slabs.values())
+        issued = self.lanes.current_work()
+        copied_in = self.lanes.h2d.submit(
+            partial(copy_all, inside, subgroup.slabs),
+            what="copy in",
+            subgroup=subgroup.index,
+            bytes=size,
+            after=(*slot.freed, *subgroup.updating),
+        )
+        updated = self.on_device(work, inside, (copied_in, issued))
+        copied_out = self.lanes.d2h.submit(
+            partial(copy_all, subgroup.slabs, inside),
+            what="copy out",
+            subgroup=subgroup.index,
+            bytes=size,
+            after=(updated,),
+        )
+        slot.freed = (copied_out,)
+        return [copied_in, updated, copied_out]
+
+    def on_device(
+        self, work: Work, slabs: Mapping[str, torch.Tensor], after: Sequence[Ticket]
+    ) -> Ticket:
+        """Update slabs that are on the device."""
+        subgroup = work.subgroup
+        return self.lanes.compute.submit(
+            partial(update_members, work, slabs),
+            what="update",
+            subgroup=subgroup.index,
+            bytes=subgroup.elements * subgroup.shape.footprint.device_update,
+            after=(*after, *subgroup.updating),
+        )
+
+
+def update_members(work: Work, slabs: Mapping[str, torch.Tensor]) -> None:
+    """Update every parameter of a subgroup on the device, writing its weight directly."""
+    subgroup = work.subgroup
+    for member in work.arrived:
+        piece = slice(member.start, member.stop)
+        if member.start == member.stop:
+            continue
+        master = slabs[MASTER][piece] if MASTER in slabs else member.weight
+        slab = Slab(
+            gradient=subgroup.gradient[piece],
+            master=master,
+            moments=tuple(slabs[name][piece] for name in subgroup.layout.rule.moments),
+            weight=member.weight if MASTER in slabs else None,
+            remainder=slabs[REMAINDER][piece] if REMAINDER in slabs else None,
+        )
+        number = next(done for start, stop, done in work.runs if start <= member.start < stop)
+        update(subgroup.layout.rule, slab, work.step(number, subgroup.first_element + member.start))
+        member.version = version_of(member.parameter)
+
+
+def upload_weights(work: Work) -> None:
+    """Copy new weights from the host to the parameters that were updated."""
+    upload = work.subgroup.upload
+    assert upload is not None
+    for member in work.arrived:
+        member.weight.copy_(upload[member.start : member.stop], non_blocking=True)
+        member.version = version_of(member.parameter)
+
+
+def copy_all(targets: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> None:
+    """Copy every named slab."""
+    for name, target in targets.items():
+        target.copy_(sources[name], non_blocking=True)

@@ -1,0 +1,313 @@
+"""Lanes: what runs beside each other during an update, and how one piece of work waits for another.
+
+Four lanes exist: `h2d` and `d2h` copy between host and device, `cpu` updates on the host, `device`
+updates on the device. Work is submitted with the tickets it depends on and starts when they are
+done; each lane does one piece at a time, in the order in which pieces become ready. A piece that
+fails fails everything that depends on it and nothing hangs.
+
+Where there is a GPU the lanes `h2d`, `d2h` and `device` are CUDA streams: their threads only issue
+work, order between them is kept by events, and no host thread waits for the device unless the CPU
+needs a result. Without a GPU the same threads do the copies themselves, at a limited rate if asked
+to, so that every line of scheduling runs in tests.
+"""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+LANE_NAMES = ("h2d", "d2h", "cpu", "device")
+
+
+class LaneError(RuntimeError):
+    """A copy or an update failed; the cause is chained."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One piece of submitted work.
+
+    Attributes:
+        lane: Name of the lane that does it.
+        what: For traces: `copy in`, `update`, `copy out`, `weights`, `gradient`.
+        subgroup: For traces: number of the subgroup, or -1.
+        bytes: For traces: what it moves (copies) or touches (updates).
+        start: Seconds on `time.perf_counter`; on a CUDA stream the time of the issue.
+        stop: Likewise.
+    """
+
+    lane: str
+    what: str
+    subgroup: int
+    bytes: int
+    start: float = 0.0
+    stop: float = 0.0
+    error: BaseException | None = None
+    began: torch.cuda.Event | None = None
+    ended: torch.cuda.Event | None = None
+    _settled: bool = False
+    _followers: list[Callable[[], None]] = field(default_factory=list)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the work is done or has failed; on a CUDA stream, whether it was issued."""
+        return self._settled
+
+    def settle(self, error: BaseException | None = None) -> None:
+        """Mark the work as done, or failed, and wake who depends on it."""
+        with self._changed:
+            self.error = error
+            self._settled = True
+            followers, self._followers = self._followers, []
+            self._changed.notify_all()
+        for follower in followers:
+            follower()
+
+    def when_settled(self, follower: Callable[[], None]) -> None:
+        """Call `follower` once the work is settled; at once if it is."""
+        with self._changed:
+            if not self._settled:
+                self._followers.append(follower)
+                return
+        follower()
+
+    def wait(self) -> None:
+        """Block the calling thread until the work, on the device too, is complete.
+
+        Raises:
+            LaneError: It failed.
+        """
+        self.wait_issued()
+        if self.ended is not None:
+            self.ended.synchronize()
+
+    def wait_issued(self) -> None:
+        """Block until the work is settled; order on a CUDA device is left to events."""
+        with self._changed:
+            while not self._settled:
+                self._changed.wait()
+        if self.error is not None:
+            raise LaneError(
+                f"{self.what} of subgroup {self.subgroup} failed on lane {self.lane}: {self.error}"
+            ) from self.error
+
+    def wait_on_stream(self) -> None:
+        """Let the current CUDA stream wait for the work; without a GPU, block."""
+        self.wait_issued()
+        if self.ended is not None:
+            torch.cuda.current_stream(self.ended.device).wait_event(self.ended)
+
+
+class Lane:
+    """One worker thread that does ready work in order."""
+
+    def __init__(self, name: str, bytes_per_second: float | None = None) -> None:
+        self.name = name
+        self.bytes_per_second = bytes_per_second
+        self._ready: deque[tuple[Ticket, Callable[[], None], Sequence[Ticket]]] = deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=f"lane-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        work: Callable[[], None],
+        *,
+        what: str,
+        subgroup: int = -1,
+        bytes: int = 0,
+        after: Sequence[Ticket] = (),
+    ) -> Ticket:
+        """Do `work` once all of `after` is settled; return its ticket at once."""
+        ticket = Ticket(self.name, what, subgroup, bytes)
+        remaining = [len(after)]
+        guard = threading.Lock()
+
+        def one_settled() -> None:
+            with guard:
+                remaining[0] -= 1
+                if remaining[0]:
+                    return
+            self._enqueue(ticket, work, after)
+
+        if not after:
+            self._enqueue(ticket, work, after)
+        for dependency in after:
+            dependency.when_settled(one_settled)
+        return ticket
+
+    def close(self) -> None:
+        """Let the thread end after the work that is ready."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        self._thread.join()
+
+    def _enqueue(self, ticket: Ticket, work: Callable[[], None], after: Sequence[Ticket]) -> None:
+        with self._wake:
+            self._ready.append((ticket, work, after))
+            self._wake.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._ready and not self._closed:
+                    self._wake.wait()
+                if not self._ready:
+                    return
+                ticket, work, after = self._ready.popleft()
+            self._do(ticket, work, after)
+
+    def _do(self, ticket: Ticket, work: Callable[[], None], after: Sequence[Ticket]) -> None:
+        try:
+            for dependency in after:
+                self._follow(dependency)
+            ticket.start = time.perf_counter()
+            self._perform(ticket, work)
+            ticket.stop = time.perf_counter()
+        except BaseException as error:
+            ticket.settle(error)
+        else:
+            ticket.settle()
+
+    def _follow(self, dependency: Ticket) -> None:
+        """Wait for a settled dependency's work on the device; raise if it failed."""
+        dependency.wait()
+
+    def _perform(self, ticket: Ticket, work: Callable[[], None]) -> None:
+        work()
+        if self.bytes_per_second is not None:
+            rest = ticket.start + ticket.bytes / self.bytes_per_second - time.perf_counter()
+            if rest > 0:
+                time.sleep(rest)
+
+
+class StreamLane(Lane):
+    """A lane whose work runs on a CUDA stream of its own; its thread only issues it."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        super().__init__(name)
+
+    def _follow(self, dependency: Ticket) -> None:
+        dependency.wait_issued()
+        if dependency.ended is not None:
+            self.stream.wait_event(dependency.ended)
+
+    def _perform(self, ticket: Ticket, work: Callable[[], None]) -> None:
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            ticket.began = torch.cuda.Event(enable_timing=True)
+            ended = torch.cuda.Event(enable_timing=True)
+            ticket.began.record(self.stream)
+            work()
+            ended.record(self.stream)
+            ticket.ended = ended
+
+
+class CpuPool:
+    """Threads of our own for updates on the host, bound to cores.
+
+    Launchers set `OMP_NUM_THREADS=1` for every rank and libraries obey; these threads do not ask
+    it. Each is bound to one core of the set the process may use, or of `cores`.
+
+    Args:
+        threads: Number of threads; None means one for every core of the set.
+        cores: Cores to use, such as those of the GPU's NUMA node; None means all that the process
+            may use.
+    """
+
+    def __init__(self, threads: int | None = None, cores: Collection[int] | None = None) -> None:
+        allowed = sorted(cores if cores is not None else usable_cores())
+        self.threads = threads or len(allowed)
+        self.cores = [allowed[number % len(allowed)] for number in range(self.threads)]
+        self._unbound = deque(self.cores)
+        self._pool = ThreadPoolExecutor(self.threads, "cpu-update", initializer=self._bind)
+
+    def _bind(self) -> None:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {self._unbound.popleft()})
+
+    def over_range(self, elements: int, work: Callable[[int, int], None]) -> None:
+        """Call `work(start, stop)` on every thread's share of `range(elements)` and wait.
+
+        Shares are the same for the same number of elements, so that the thread that first touches
+        memory is the one that uses it. Cuts fall on multiples of 64 elements: no two threads write
+        one cache line.
+        """
+        share = -(-elements // (self.threads * 64)) * 64
+        parts = [
+            self._pool.submit(work, start, min(start + share, elements))
+            for start in range(0, elements, share)
+        ]
+        for part in parts:
+            part.result()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+
+def usable_cores() -> set[int]:
+    """Return the cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throttle:
+    """Copy rates of a simulated device, in bytes per second; None leaves a direction as it is."""
+
+    h2d_bytes_per_second: float | None = None
+    d2h_bytes_per_second: float | None = None
+
+
+class Lanes:
+    """The four lanes of one rank and the threads of its CPU lane.
+
+    Args:
+        device: Where the model's weights are.
+        pool: Threads of the CPU lane.
+        throttle: Rates of simulated copies; only without a GPU.
+    """
+
+    def __init__(
+        self, device: torch.device, pool: CpuPool, throttle: Throttle | None = None
+    ) -> None:
+        self.device = device
+        self.pool = pool
+        self.cpu = Lane("cpu")
+        if device.type == "cuda":
+            if throttle is not None:
+                raise ValueError("a throttle simulates a device; here is a real one")
+            self.h2d: Lane = StreamLane("h2d", device)
+            self.d2h: Lane = StreamLane("d2h", device)
+            self.compute: Lane = StreamLane("device", device)
+        else:
+            rates = throttle or Throttle()
+            self.h2d = Lane("h2d", rates.h2d_bytes_per_second)
+            self.d2h = Lane("d2h", rates.d2h_bytes_per_second)
+            self.compute = Lane("device")
+
+    def current_work(self) -> Ticket:
+        """Return a ticket for everything issued so far on the caller's CUDA stream."""
+        ticket = Ticket("device", "compute", -1, 0)
+        if self.device.type == "cuda":
+            ticket.ended = torch.cuda.Event()
+            ticket.ended.record(torch.cuda.current_stream(self.device))
+        ticket.settle()
+        return ticket
+
+    def close(self) -> None:
+        """End all threads, after the work that is ready."""
+        for lane in (self.cpu, self.h2d, self.d2h, self.compute):
+            lane.close()
+        self.pool.close()

@@ -1,0 +1,119 @@
+"""The settings of `OffloadedOptimizer` that have good defaults, and checks of what it is given."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as distributed
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from interlace.offload.lanes import Throttle
+from interlace.offload.schedule import NOTHING_HIDDEN, HiddenWindow
+
+Overlap = Literal["none", "forward", "backward"]
+Strategy = Literal["none", "host", "stride", "optimal"]
+
+SUPPORTED = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadOptions:
+    """How offloading is done.
+
+    Attributes:
+        stride: With strategy `stride`: every `stride`-th subgroup is updated on the device; None
+            takes the published rule.
+        subgroup_elements: Parameters per subgroup, about; a larger parameter is one of its own.
+        staging_slots: Sets of device buffers for staged subgroups; two let copies in, updates and
+            copies out run beside each other.
+        moment_dtype: float32, or bfloat16 with stochastic rounding (half the memory and traffic).
+        split_master: Keep masters of bfloat16 weights as the weight and a 16-bit remainder: exact,
+            2 bytes per parameter less on the device and in every copy.
+        accumulation_steps: Backward passes per step; `overlap="backward"` starts an update after
+            so many gradients, and more than one makes room for sums in float32 at once.
+        stream_gradients: Let gradients leave the device during backward. None means yes, except
+            for plain parameters in a run of several processes: they may be DDP's, whose gradients
+            are not averaged yet when backward hands them over.
+        hidden_window: Compute beside which the update may run, for the performance model.
+        cpu_threads: Threads that update on the host; None means one per usable core.
+        cpu_cores: Cores to bind them to; None means those of the GPU's NUMA node, or all.
+        recalibrate: Measure every step and choose homes anew when the prediction is off.
+        throttle: Without a GPU: rates of simulated copies.
+    """
+
+    stride: int | None = None
+    subgroup_elements: int = 100_000_000
+    staging_slots: int = 2
+    moment_dtype: torch.dtype = torch.float32
+    split_master: bool = False
+    accumulation_steps: int = 1
+    stream_gradients: bool | None = None
+    hidden_window: HiddenWindow = NOTHING_HIDDEN
+    cpu_threads: int | None = None
+    cpu_cores: Sequence[int] | None = None
+    recalibrate: bool = False
+    throttle: Throttle | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        for name, least in (
+            ("stride", 1),
+            ("subgroup_elements", 1),
+            ("staging_slots", 1),
+            ("accumulation_steps", 1),
+            ("cpu_threads", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: must be {least} or more")
+        if self.moment_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"moment_dtype={self.moment_dtype}: moments are kept in torch.float32 or "
+                "torch.bfloat16"
+            )
+
+
+def check_overlap(overlap: str, clip_norm: float | None, model: nn.Module | None) -> None:
+    """Refuse an overlap that cannot be exact with what was given."""
+    if overlap not in ("none", "forward", "backward"):
+        raise ValueError(f"overlap={overlap!r}: must be 'none', 'forward' or 'backward'")
+    if overlap == "forward" and model is None:
+        raise ValueError(
+            "overlap='forward': the forward pass has to wait for its weights layer by layer; give "
+            "the module as model=..., or use overlap='none'"
+        )
+    if overlap == "backward" and clip_norm is not None:
+        raise ValueError(
+            f"overlap='backward' with clip_norm={clip_norm}: the norm is known only after "
+            "backward, so updates cannot start before; use overlap='forward' or clip_norm=None"
+        )
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm={clip_norm}: must be more than 0, or None for no clipping")
+
+
+def check_parameter(parameter: torch.Tensor, device: torch.device) -> None:
+    """Refuse a parameter that cannot be offloaded."""
+    shape = tuple(parameter.shape)
+    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if parameter.dtype not in SUPPORTED:
+        raise ValueError(
+            f"a parameter of shape {shape} has dtype {parameter.dtype}; supported are "
+            "torch.bfloat16 and torch.float32 (torch.float64 on a CPU)"
+        )
+    if here.device != device:
+        raise ValueError(
+            f"a parameter of shape {shape} is on {here.device}, others on {device}; one optimizer "
+            "serves one device"
+        )
+    if not here.is_contiguous():
+        raise ValueError(f"a parameter of shape {shape} is not contiguous in memory")
+
+
+def streams_gradients(asked: bool | None, parameter: torch.Tensor) -> bool:
+    """Whether gradients may be taken over inside backward."""
+    if asked is not None:
+        return asked
+    several = distributed.is_initialized() and distributed.get_world_size() > 1
+    return isinstance(parameter, DTensor) or not several

@@ -1,0 +1,81 @@
+"""Loading an optimizer state dict into live slabs, whatever their home and form are."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from interlace.kernels.update import merge_master
+from interlace.offload.subgroup import MASTER, REMAINDER, Member, SubgroupState, local
+
+
+def load_state(
+    groups: Sequence[dict[str, Any]],
+    place_of: Callable[[torch.Tensor], tuple[SubgroupState, Member]],
+    state_dict: Mapping[str, Any],
+) -> None:
+    """Copy a state dict into live parameter groups and slabs, with no work under way; see
+    `OffloadedOptimizer.load_state_dict`.
+    """
+    saved_groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
+    sizes = [len(group["params"]) for group in saved_groups]
+    ours = [len(group["params"]) for group in groups]
+    if sizes != ours:
+        raise ValueError(
+            f"the state dict has parameter groups of {sizes} parameters, this optimizer of {ours}"
+        )
+    numbers = [number for group in saved_groups for number in group["params"]]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    loads = [
+        (place_of(parameter), present(state_dict["state"].get(number, {})))
+        for number, parameter in zip(numbers, parameters, strict=True)
+    ]
+    # Everything is checked before anything is written.
+    for (subgroup, member), saved in loads:
+        check_saved(subgroup, member, saved)
+    for (subgroup, member), saved in loads:
+        load_member(subgroup, member, saved)
+    for group, saved_group in zip(groups, saved_groups, strict=True):
+        group.update({key: value for key, value in saved_group.items() if key != "params"})
+
+
+def present(saved: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """Return the entries that hold something: torch's SGD saves None before its first update."""
+    return {name: tensor for name, tensor in saved.items() if tensor is not None}
+
+
+def check_saved(subgroup: SubgroupState, member: Member, saved: Mapping[str, torch.Tensor]) -> None:
+    """Refuse state that lacks a moment or has another shape."""
+    shape = local(member.parameter).shape
+    for name in subgroup.layout.rule.moments if saved else ():
+        if name not in saved:
+            raise ValueError(
+                f"the state dict lacks {name!r} for a parameter of shape {tuple(shape)}; it has "
+                f"{sorted(saved)}, so it comes from another update rule"
+            )
+        if local(saved[name]).shape != shape:
+            raise ValueError(
+                f"the state dict holds {name!r} of shape {tuple(local(saved[name]).shape)} for a "
+                f"parameter of shape {tuple(shape)}"
+            )
+
+
+def load_member(subgroup: SubgroupState, member: Member, saved: Mapping[str, torch.Tensor]) -> None:
+    """Copy one parameter's state; what was never saved (no update yet) becomes zero."""
+    piece = slice(member.start, member.stop)
+    for name in subgroup.layout.rule.moments:
+        slab = subgroup.slabs[name][piece]
+        if saved:
+            slab.copy_(local(saved[name]).reshape(-1))
+        else:
+            slab.zero_()
+    member.step.fill_(float(saved["step"]) if "step" in saved else 0.0)
+    weight = local(member.parameter).reshape(-1)
+    if MASTER in saved:
+        master = local(saved[MASTER]).reshape(-1)
+    elif REMAINDER in saved:
+        remainder = local(saved[REMAINDER]).reshape(-1)
+        master = merge_master(weight.to(remainder.device), remainder)
+    else:
+        master = weight.to(torch.float32) if weight.itemsize < 4 else weight
+    subgroup.set_master(member, master)

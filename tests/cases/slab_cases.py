@@ -1,0 +1,65 @@
+"""Slabs of every form, and copies of them."""
+
+import torch
+
+from interlace.kernels.update import SGD, AdamW, Slab, Step, UpdateRule, split_master
+
+RULES: tuple[UpdateRule, ...] = (
+    AdamW(lr=0.01, weight_decay=0.1),
+    SGD(lr=0.01, weight_decay=0.1),
+    SGD(lr=0.01, momentum=0.8, nesterov=True),
+)
+FORMS = {
+    "fp32 in place": (torch.float32, None, torch.float32, False),
+    "bf16 gradient, fp32 weight": (torch.bfloat16, torch.float32, torch.float32, False),
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.float32, False),
+    "fp32 gradient, bf16 weight": (torch.float32, torch.bfloat16, torch.float32, False),
+    "split master": (torch.bfloat16, None, torch.float32, True),
+    "bf16 moments": (torch.bfloat16, torch.bfloat16, torch.bfloat16, False),
+    "all 16 bits": (torch.bfloat16, None, torch.bfloat16, True),
+}
+"""Dtypes of gradient, weight (None: the master is the weight) and moments; split master or not."""
+
+
+def make_slab(form: str, rule: UpdateRule, elements: int, seed: int = 0) -> Slab:
+    """Return a slab with random contents."""
+    gradient, weight, moment, split = FORMS[form]
+    generator = torch.Generator().manual_seed(seed)
+    master = torch.randn(elements, generator=generator)
+    remainder = None
+    if split:
+        master, remainder = split_master(master)
+    return Slab(
+        gradient=torch.randn(elements, generator=generator).to(gradient),
+        master=master,
+        moments=tuple(torch.rand(elements, generator=generator).to(moment) for _ in rule.moments),
+        weight=None if weight is None else torch.zeros(elements, dtype=weight),
+        remainder=remainder,
+    )
+
+
+def copy_of(slab: Slab, device: str = "cpu") -> Slab:
+    """Return a slab with memory of its own."""
+
+    def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(device, copy=True)
+
+    return Slab(
+        slab.gradient.to(device, copy=True),
+        slab.master.to(device, copy=True),
+        tuple(moment.to(device, copy=True) for moment in slab.moments),
+        copy(slab.weight),
+        copy(slab.remainder),
+    )
+
+
+def same_bits(one: Slab, other: Slab) -> bool:
+    """Whether two slabs hold the same."""
+    pairs = [(one.master, other.master), *zip(one.moments, other.moments, strict=True)]
+    pairs += [(one.weight, other.weight), (one.remainder, other.remainder)]
+    return all(a is None if b is None else torch.equal(a, b.to(a.device)) for a, b in pairs)
+
+
+def a_step(rule: UpdateRule, number: int = 3) -> Step:
+    """Return a step whose scalars all matter."""
+    return Step(number, 0.7, rule.hyperparameters(), rounding_seed=1, first_element=2**32 - 100)
