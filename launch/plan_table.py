@@ -1,11 +1,13 @@
 """`interlace plan` as a table: one page that a person reads before starting a run."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from interlace.offload.hardware import host_memory_bytes
+from interlace.offload.measure import known_profile
+from interlace.offload.memory import available_host_bytes
 from interlace.trainer.config import RunConfig
 from interlace.trainer.config.load import Recipe
 from interlace.trainer.data.prepare import find_prepared
@@ -25,14 +27,15 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         # What a plan is for includes recipes whose text is not on this machine.
         corpus = None
     on_gpu = torch.cuda.is_available()
-    host = host_memory_bytes()
+    device = torch.device("cuda" if on_gpu else "cpu")
     setting = Setting(
         world_size=ranks,
         device_type="cuda" if on_gpu else "cpu",
         vocabulary_size=corpus.index.vocabulary_size if corpus else expected_vocabulary(config),
         corpus_tokens=corpus.tokens("train") if corpus else None,
-        device_memory_bytes=torch.cuda.get_device_properties(0).total_memory if on_gpu else host,
-        host_memory_bytes=host,
+        hardware=known_profile(device, lambda text: print(text, file=sys.stderr)),
+        host_available_bytes=available_host_bytes(),
+        ranks_per_host=ranks,
     )
     return resolve(config, setting)
 

@@ -1,7 +1,8 @@
 """The next forward pass waits for new weights layer by layer, not for the whole update.
 
-A hook before every module that holds parameters of its own, and before every FSDP2 unit (whose
-all-gather reads the shards of the whole unit), lets the forward pass wait for just these.
+A hook before every layer (before every FSDP2 unit, whose all-gather reads the shards of the whole
+unit) lets the forward pass wait for just its parameters. A model whose layers' weights are read
+elsewhere than in the layer needs `overlap="none"`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ def wait_in_forward(model: nn.Module, wait_for: WaitFor) -> list[RemovableHandle
     handles: list[RemovableHandle] = []
     for module, parameters in units(model):
 
-        def before(_: nn.Module, __: Any, parameters: Sequence[torch.Tensor] = parameters) -> None:
+        def before(_: nn.Module, __: Any, parameters: list[torch.Tensor] = parameters) -> None:
             wait_for(parameters)
 
         # First of all hooks: FSDP2's own gathers the shards.
@@ -32,28 +33,38 @@ def wait_in_forward(model: nn.Module, wait_for: WaitFor) -> list[RemovableHandle
     return handles
 
 
-def units(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[torch.Tensor]]]:
-    """Yield every module that reads parameters, with these."""
-    if isinstance(module, FSDPModule):
-        inner = list(nested_units(module))
-        theirs = {id(p) for unit in inner for p in unit.parameters()}
-        own = [p for p in module.parameters() if id(p) not in theirs]
-        if own:
-            yield module, own
-        for unit in inner:
-            yield from units(unit)
-        return
-    own = list(module.parameters(recurse=False))
-    if own:
-        yield module, own
-    for child in module.children():
-        yield from units(child)
+def units(model: nn.Module) -> list[tuple[nn.Module, list[torch.Tensor]]]:
+    """Return the parts of a model that read their parameters at one time, in forward order.
+
+    Parts are FSDP2 units where the model has them, else the members of module lists and sequences
+    (the layers). Everything else, such as embedding and head, counts as read when the model itself
+    is called, whichever of its modules does it: it comes first.
+    """
+    parts = list(layers_of(model))
+    inside = {id(p) for part in parts for p in part.parameters()}
+    outside: list[torch.Tensor] = [p for p in model.parameters() if id(p) not in inside]
+    rest: list[tuple[nn.Module, list[torch.Tensor]]] = [
+        (part, list(part.parameters())) for part in parts
+    ]
+    return [(model, outside), *rest] if outside else rest
 
 
-def nested_units(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost FSDP2 units below a module."""
+def layers_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost layers below a module."""
+    sharded = any(isinstance(part, FSDPModule) for part in module.modules() if part is not module)
     for child in module.children():
         if isinstance(child, FSDPModule):
             yield child
+        elif isinstance(child, (nn.ModuleList, nn.Sequential)) and not sharded:
+            yield from (part for part in child if any(True for _ in part.parameters()))
         else:
-            yield from nested_units(child)
+            yield from layers_of(child)
+
+
+def forward_order(model: nn.Module) -> dict[torch.Tensor, int]:
+    """Return the place of every parameter in the order in which a forward pass needs them."""
+    order: dict[torch.Tensor, int] = {}
+    for _, parameters in units(model):
+        for parameter in parameters:
+            order.setdefault(parameter, len(order))
+    return order

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from interlace.kernels.update import AdamW, UpdateRule, warm_up
 from interlace.offload.executor import Executor, Work
-from interlace.offload.forward import wait_in_forward
+from interlace.offload.forward import forward_order, wait_in_forward
 from interlace.offload.gradients import Gradients, all_finite, global_norm
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.lanes import CpuPool, LaneError, Lanes
@@ -34,8 +34,10 @@ from interlace.offload.options import (
     Strategy,
     check_overlap,
     check_parameter,
+    check_strategy,
     streams_gradients,
 )
+from interlace.offload.performance_model import fixed_homes
 from interlace.offload.persistence import load_state
 from interlace.offload.placement import choose_schedule, default_budget
 from interlace.offload.schedule import Home, MemoryBudget, Schedule
@@ -104,6 +106,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._launched: set[SubgroupState] = set()
         self._failure: str | None = None
         self._order: dict[torch.Tensor, int] = {}
+        check_strategy(strategy)
         check_overlap(overlap, clip_norm, model)
         groups: list[Any] = list(params)
         self._lanes = self._open_lanes(groups)
@@ -112,7 +115,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._gradients = Gradients(self._lanes, self._host, self._gradient_came)
         self._executor = Executor(self._lanes, self.options.staging_slots)
         if model is not None:
-            self._order = {p: number for number, p in enumerate(model.parameters())}
+            self._order = forward_order(model)
         super().__init__(groups, dict(self.rule.hyperparameters()))
         self._adopt(self.param_groups)
         if model is not None and overlap != "none":
@@ -155,7 +158,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             warm_up(self.rule, subgroup.weight_dtype, self._layout.moment_dtype)
         self.schedule, homes = choose_schedule(
             [subgroup.shape for subgroup in together],
-            profile=self.profile or known_profile(self._lanes.device, announce),
+            profile=self._profile(),
             budget=self.budget or default_budget(self._lanes.device, self.strategy),
             strategy=self.strategy,
             options=self.options,
@@ -168,6 +171,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 subgroup.settle(home)
                 self._take_members(subgroup)
         self.rehome(homes)
+
+    def _profile(self) -> HardwareProfile | None:
+        """Return the machine's profile; measure it if the strategy needs one and none was given."""
+        needs_none = fixed_homes(self.strategy, 0, self.options.stride) is not None
+        if self.profile is None and not needs_none:
+            self.profile = known_profile(self._lanes.device, announce)
+        return self.profile
 
     def _first_use(self, subgroup: SubgroupState) -> int:
         return min(self._order[member.parameter] for member in subgroup.members)
@@ -261,6 +271,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 if member.arrivals:
                     piece = subgroup.gradient[member.start : member.stop]
                     yield member.parameter, piece.view(local(member.parameter).shape)
+
+    @property
+    def update_begun(self) -> bool:
+        """Whether gradients of this step have led to updates already (`overlap="backward"`)."""
+        return bool(self._launched)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients that came since the last step."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as distributed
@@ -73,6 +73,13 @@ class OffloadOptions:
                 f"moment_dtype={self.moment_dtype}: moments are kept in torch.float32 or "
                 "torch.bfloat16"
             )
+
+
+def check_strategy(strategy: str) -> None:
+    """Refuse a strategy that does not exist."""
+    if strategy not in get_args(Strategy):
+        known = ", ".join(get_args(Strategy))
+        raise ValueError(f"strategy={strategy!r}: must be one of {known}")
 
 
 def check_overlap(overlap: str, clip_norm: float | None, model: nn.Module | None) -> None:

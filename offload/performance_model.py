@@ -89,16 +89,13 @@ def solve(
         raise ValueError(f"stride={stride}: must be 1 or more")
     rates = rates_of(profile)
     count = len(subgroups)
-    match strategy:
-        case "none":
-            homes = [Home.RESIDENT] * count
-        case "host":
-            homes = [Home.HOST] * count
-        case "stride":
-            every = stride or published_stride(profile, subgroups[0].footprint)
-            homes = [Home.STAGED if not (n + 1) % every else Home.HOST for n in range(count)]
-        case _:
-            homes = optimal_homes(rates, subgroups, memory, hidden_window, staging_slots)
+    if strategy == "optimal":
+        homes = optimal_homes(rates, subgroups, memory, hidden_window, staging_slots)
+    else:
+        if strategy == "stride" and stride is None:
+            stride = published_stride(profile, subgroups[0].footprint)
+        homes = fixed_homes(strategy, count, stride)
+        assert homes is not None, "with a stride every other strategy is fixed"
     check_memory(subgroups, homes, memory, staging_slots, strategy)
     schedule = Schedule(
         strategy=strategy,
@@ -110,6 +107,19 @@ def solve(
     if count > SIMULATED_UP_TO:
         return schedule
     return with_simulated_time(schedule, profile, hidden_window)
+
+
+def fixed_homes(strategy: str, count: int, stride: int | None) -> list[Home] | None:
+    """Return the homes of a strategy that needs no knowledge of the machine, or None."""
+    match strategy:
+        case "none":
+            return [Home.RESIDENT] * count
+        case "host":
+            return [Home.HOST] * count
+        case "stride" if stride is not None:
+            return [Home.STAGED if not (n + 1) % stride else Home.HOST for n in range(count)]
+        case _:
+            return None
 
 
 def rates_of(profile: HardwareProfile) -> OffloadRates:

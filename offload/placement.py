@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from interlace.offload.fit import check_memory
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.memory import (
     HOST_SHARE,
@@ -12,7 +13,7 @@ from interlace.offload.memory import (
     local_ranks,
 )
 from interlace.offload.options import OffloadOptions, Strategy
-from interlace.offload.performance_model import solve
+from interlace.offload.performance_model import fixed_homes, solve
 from interlace.offload.schedule import Home, MemoryBudget, Schedule, Subgroup
 
 DEVICE_SHARE = 0.5
@@ -32,12 +33,14 @@ def default_budget(device: torch.device, strategy: Strategy) -> MemoryBudget:
 def choose_schedule(
     subgroups: Sequence[Subgroup],
     *,
-    profile: HardwareProfile,
+    profile: HardwareProfile | None,
     budget: MemoryBudget,
     strategy: Strategy,
     options: OffloadOptions,
 ) -> tuple[Schedule | None, tuple[Home, ...]]:
     """Return the schedule of all subgroups that have elements, and a home for every subgroup.
+
+    Without a profile only strategies that need none are possible, and nothing is predicted.
 
     Raises:
         MemoryShortage: State does not fit the budget.
@@ -46,9 +49,17 @@ def choose_schedule(
     homes = [Home.RESIDENT] * len(subgroups)
     if not filled:
         return None, tuple(homes)
+    shapes = [subgroups[number] for number in filled]
+    if profile is None or profile.rates is None:
+        fixed = fixed_homes(strategy, len(shapes), options.stride)
+        assert fixed is not None, "a profile is measured where the strategy needs one"
+        check_memory(shapes, fixed, budget, options.staging_slots, strategy)
+        for number, home in zip(filled, fixed, strict=True):
+            homes[number] = home
+        return None, tuple(homes)
     schedule = solve(
         profile,
-        [subgroups[number] for number in filled],
+        shapes,
         budget,
         options.hidden_window,
         strategy=strategy,

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from interlace.offload.hardware import profile_hardware
+from interlace.offload.hardware import HardwareProfile, profile_hardware
+from interlace.offload.measure import known_profile
+from interlace.offload.memory import available_host_bytes, local_ranks
 from interlace.trainer.batches import StepBatches
 from interlace.trainer.checkpoint.state import Progress, TrainingState, load_newest
 from interlace.trainer.config.schema import RunConfig
@@ -82,20 +84,21 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
     folder = world.on_main(lambda: open_run_folder(config))
     corpus = world.on_main(lambda: checked_corpus(config))
     dtype = compute_dtype_of(config.train, world.device.type)
-    hardware = profile_hardware(world.device, dtype)
+    hardware = hardware_for(config, world, dtype)
     setting = Setting(
         world_size=world.size,
         device_type=world.device.type,
         vocabulary_size=corpus.index.vocabulary_size,
         corpus_tokens=corpus.tokens("train"),
-        device_memory_bytes=hardware.device_memory_bytes,
-        host_memory_bytes=hardware.host_memory_bytes,
+        hardware=hardware,
+        host_available_bytes=available_host_bytes(),
+        ranks_per_host=local_ranks(),
     )
     plan = resolve(config, setting)
     training, validation = TrainingRows(corpus, config), ValidationRows(corpus, config)
     torch.manual_seed(config.run.seed + world.rank)
     model = build_model(config, plan, world)
-    state = TrainingState(model, build_optimizer(model, config.optimizer), world)
+    state = TrainingState(model, build_optimizer(model, config, plan, hardware), world)
     attempt = world.on_main(folder.store.begin_attempt)
     progress, notes = restore(folder, attempt, state, corpus)
     if world.is_main:
@@ -115,6 +118,17 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
     return parts, progress, [f"run folder {folder.path}", *folder.notes, *notes]
 
 
+def hardware_for(config: RunConfig, world: World, dtype: torch.dtype) -> HardwareProfile:
+    """Return the machine as this rank sees it; copy and update rates, which take seconds to measure
+    the first time, only where the recipe offloads.
+    """
+    hardware = profile_hardware(world.device, dtype)
+    if config.offload.strategy == "none":
+        return hardware
+    known = world.on_main(lambda: known_profile(world.device, print))
+    return hardware.model_copy(update={"rates": known.rates, "name": known.name})
+
+
 def checked_corpus(config: RunConfig) -> PreparedCorpus:
     """Return the prepared corpus of a recipe after checking every digest."""
     corpus = prepare(config.data, announce=lambda text: print(text, flush=True))
@@ -127,6 +141,8 @@ def build_model(config: RunConfig, plan: Plan, world: World) -> LanguageModel:
     dtype = compute_dtype_of(config.train, world.device.type)
     with torch.device("meta"):
         model = LanguageModel(config.model, plan.vocabulary_size, dtype)
+        # Weights have the dtype they are computed with; the optimizer keeps their fp32 masters.
+        model.to(dtype)
     layers = list(model.layers)
     recompute_layers(layers, config.train.activation_checkpointing)
     if compiles(config.train, world.device.type):
@@ -147,7 +163,6 @@ def restore(
     """
     if not folder.resumes:
         return Progress(), []
-    state.materialise_optimizer()
     restored = load_newest(folder.store, state)
     saved = restored.scalars
     if saved.corpus_digest != corpus.digest:

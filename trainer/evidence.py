@@ -4,17 +4,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from interlace.trainer.batches import StepBatches
+from interlace.trainer.checkpoint.state import TrainingState
 from interlace.trainer.run_folder import write_json
-from interlace.trainer.world import World
 
 
-def save_evidence(
-    run_dir: Path, step: int, model: nn.Module, batches: StepBatches, world: World
-) -> Path:
+def save_evidence(run_dir: Path, step: int, batches: StepBatches, state: TrainingState) -> Path:
     """Write this rank's micro-batches and the names of tensors that are not finite.
 
     Returns:
@@ -22,20 +19,24 @@ def save_evidence(
     """
     folder = run_dir / "evidence" / f"step-{step + 1:08d}"
     folder.mkdir(parents=True, exist_ok=True)
+    rank = state.world.rank
     tokens = {
         f"pass-{number}.{name}": tensor.cpu()
         for number, batch in enumerate(batches.of_step(step))
         for name, tensor in (("tokens", batch.tokens), ("targets", batch.targets))
     }
-    save_file(tokens, folder / f"rank-{world.rank:05d}.safetensors")
-    named = list(model.named_parameters())
+    save_file(tokens, folder / f"rank-{rank:05d}.safetensors")
+    named = list(state.model.named_parameters())
+    names = {id(parameter): name for name, parameter in named}
     write_json(
-        folder / f"rank-{world.rank:05d}.json",
+        folder / f"rank-{rank:05d}.json",
         {
             "step": step + 1,
             "weights_not_finite": [name for name, p in named if not all_finite(p)],
             "gradients_not_finite": [
-                name for name, p in named if p.grad is not None and not all_finite(p.grad)
+                names[id(parameter)]
+                for parameter, gradient in state.optimizer.gradients()
+                if not all_finite(gradient)
             ],
             "rows": [list(rows) for rows in batches.rows_of_step(step)],
         },

@@ -1,20 +1,80 @@
-"""The optimizer of a run: AdamW with decay on matrices only, and the global gradient norm.
+"""The optimizer of a run: what a recipe says of update rule and offloading, as an
+`OffloadedOptimizer`.
 
-Reference: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, algorithm 2. torch's
-fused implementation does the arithmetic, on plain tensors and on FSDP2's sharded ones alike.
+Matrices decay, vectors (norms) do not. With `offload.strategy = "none"` all state is on the device
+and the same code updates it there: there is one path.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from interlace.trainer.config.schema import OptimizerSection
+from interlace.kernels.update import AdamW
+from interlace.offload.hardware import HardwareProfile
+from interlace.offload.lanes import usable_cores
+from interlace.offload.memory import local_ranks
+from interlace.offload.optimizer import OffloadedOptimizer
+from interlace.offload.options import OffloadOptions
+from interlace.offload.schedule import MemoryBudget, MemoryShortage
+from interlace.trainer.config.schema import OptimizerSection, RunConfig
+from interlace.trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from interlace.trainer.plan import Plan
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.AdamW:
-    """Return AdamW over the model's parameters: matrices decay, vectors (norms) do not."""
+def build_optimizer(
+    model: nn.Module, config: RunConfig, plan: "Plan", profile: HardwareProfile
+) -> OffloadedOptimizer:
+    """Return the optimizer over a model's parameters, on their device.
+
+    Raises:
+        ConfigError: Its state does not fit the memory.
+    """
+    settings, offload = config.optimizer, config.offload
+    placement = plan.offload
+    try:
+        return OffloadedOptimizer(
+            parameter_groups(model, settings),
+            rule_of(settings),
+            strategy=offload.strategy,
+            budget=MemoryBudget(placement.device_budget_bytes, placement.host_budget_bytes),
+            profile=profile,
+            overlap=placement.overlap,
+            clip_norm=settings.clip or None,
+            model=model,
+            options=OffloadOptions(
+                stride=offload.stride,
+                subgroup_elements=offload.subgroup_elements,
+                staging_slots=offload.staging_slots,
+                moment_dtype=getattr(torch, offload.moments),
+                split_master=offload.split_master,
+                accumulation_steps=plan.accumulation,
+                hidden_window=placement.hidden_window,
+                cpu_threads=offload.cpu_threads or max(1, len(usable_cores()) // local_ranks()),
+                recalibrate=offload.recalibrate and offload.strategy == "optimal",
+            ),
+        )
+    except MemoryShortage as error:
+        raise ConfigError([str(error)]) from error
+
+
+def rule_of(settings: OptimizerSection) -> AdamW:
+    """Return the update rule of a recipe."""
+    rules = {"adamw": AdamW}
+    return rules[settings.rule](
+        lr=settings.peak_lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def parameter_groups(model: nn.Module, settings: OptimizerSection) -> list[dict[str, object]]:
+    """Return matrices, which decay, and vectors, which do not."""
     parameters = list(model.parameters())
-    groups = [
+    return [
         {
             "params": [parameter for parameter in parameters if parameter.ndim >= 2],
             "weight_decay": settings.weight_decay,
@@ -24,32 +84,9 @@ def build_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim
             "weight_decay": 0.0,
         },
     ]
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.peak_lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every parameter group the learning rate of this step."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def gradient_norm(model: nn.Module) -> torch.Tensor:
-    """Return the 2-norm of all gradients, over all shards of all ranks (0-d tensor)."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def scale_gradients(model: nn.Module, norm: float, limit: float) -> None:
-    """Scale all gradients by `limit / norm` where the norm is larger than a limit above zero."""
-    if limit <= 0.0 or norm <= limit:
-        return
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    for gradient in gradients:
-        gradient.mul_(limit / (norm + 1e-6))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
+from interlace.offload.hardware import HardwareProfile
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.cost import (
@@ -18,8 +19,12 @@ from interlace.trainer.models.cost import (
     flops_per_token,
     parameter_count,
 )
+from interlace.trainer.placement import Circumstances, OffloadPlan, place
 
 DEFAULT_MICROBATCH_TOKENS = 16_384
+
+USUAL_FLOPS_SHARE = 0.5
+"""Share of the peak rate that training reaches, where no profile says it."""
 
 
 @dataclass(frozen=True)
@@ -31,38 +36,42 @@ class Setting:
         device_type: `cpu` or `cuda`.
         vocabulary_size: Entries of the tokenizer.
         corpus_tokens: Training tokens of the prepared corpus, or None while it is not prepared.
-        device_memory_bytes: Memory of one rank's device.
-        host_memory_bytes: Memory of the host.
+        hardware: One rank's share of the machine.
+        host_available_bytes: Free memory of one host.
+        ranks_per_host: Ranks that share it.
     """
 
     world_size: int
     device_type: str
     vocabulary_size: int
     corpus_tokens: int | None
-    device_memory_bytes: int
-    host_memory_bytes: int
+    hardware: HardwareProfile
+    host_available_bytes: int
+    ranks_per_host: int = 1
 
 
 class Memory(BaseModel):
-    """Bytes of one rank's device by kind, at the peak of a step."""
+    """Bytes of one rank by kind, at the peak of a step.
+
+    Attributes:
+        weights: Weights on the device, in the compute dtype.
+        optimizer_state: Masters, moments, gradients and staging slots on the device.
+        activations: What forward keeps for backward.
+        gathered_weights: Whole layers, where weights are sharded.
+        host_optimizer_state: Masters, moments and gradients on the host.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     weights: int
-    gradients: int
-    optimizer_moments: int
+    optimizer_state: int
     activations: int
-    compute_copies: int
+    gathered_weights: int
+    host_optimizer_state: int
 
     @property
     def total(self) -> int:
-        """Sum of all kinds."""
-        return (
-            self.weights
-            + self.gradients
-            + self.optimizer_moments
-            + self.activations
-            + self.compute_copies
-        )
+        """Sum of all kinds on the device."""
+        return self.weights + self.optimizer_state + self.activations + self.gathered_weights
 
 
 class Plan(BaseModel):
@@ -90,6 +99,7 @@ class Plan(BaseModel):
     backward_flops_per_token: int
     total_flops: int
     memory: Memory
+    offload: OffloadPlan
     device_memory_bytes: int
     host_memory_bytes: int
     checkpoint_bytes: int
@@ -119,6 +129,8 @@ def resolve(config: RunConfig, setting: Setting) -> Plan:
     flops = flops_per_token(config.model, setting.vocabulary_size, config.data.sequence_length)
     total_tokens = train.steps * train.tokens_per_step
     tokens = setting.corpus_tokens
+    facts = circumstances(config, setting, microbatch, rows // size // microbatch)
+    placement = place(config, facts)
     return Plan(
         name=config.run.name,
         device_type=setting.device_type,
@@ -140,9 +152,10 @@ def resolve(config: RunConfig, setting: Setting) -> Plan:
         forward_flops_per_token=flops.forward,
         backward_flops_per_token=flops.backward,
         total_flops=total_tokens * (flops.forward + flops.backward),
-        memory=memory_of(config, setting, microbatch, dtype.itemsize),
-        device_memory_bytes=setting.device_memory_bytes,
-        host_memory_bytes=setting.host_memory_bytes,
+        memory=memory_of(config, setting, microbatch, dtype.itemsize, placement),
+        offload=placement,
+        device_memory_bytes=setting.hardware.device_memory_bytes,
+        host_memory_bytes=setting.hardware.host_memory_bytes,
         checkpoint_bytes=12 * parameters,
         checkpoints=due_times(config.checkpoint.every_steps, train.steps),
         validations=due_times(train.validate_every_steps, train.steps),
@@ -181,27 +194,79 @@ def microbatch_rows(config: RunConfig, rows_per_rank: int) -> int:
     return max(n for n in range(1, rows_per_rank + 1) if rows_per_rank % n == 0 and n <= limit)
 
 
-def memory_of(config: RunConfig, setting: Setting, rows: int, element_bytes: int) -> Memory:
-    """Return the device memory of one rank by kind, in bytes.
+def circumstances(
+    config: RunConfig, setting: Setting, rows: int, accumulation: int
+) -> Circumstances:
+    """Return what the placement of optimizer state depends on."""
+    from interlace.trainer.parallel import compute_dtype_of
 
-    Weights, gradients and both moments are fp32 and sharded over the ranks of one replica; below
-    fp32 the backward pass also holds one cast copy of every matrix.
-    """
+    hardware, vocabulary = setting.hardware, setting.vocabulary_size
+    dtype = compute_dtype_of(config.train, setting.device_type)
+    flops = flops_per_token(config.model, vocabulary, config.data.sequence_length)
+    share = hardware.rates.attainable_flops_share if hardware.rates else USUAL_FLOPS_SHARE
+    per_second = hardware.matmul_flops * share
+    tokens = rows * config.data.sequence_length
+    again = 0 if config.train.activation_checkpointing == "none" else flops.forward
+    without_state = fixed_memory(config, setting, rows, dtype.itemsize)
+    return Circumstances(
+        hardware=hardware,
+        device_type=setting.device_type,
+        host_available_bytes=setting.host_available_bytes,
+        ranks_per_host=setting.ranks_per_host,
+        parameters=shard_size(config, setting),
+        compute_dtype=dtype,
+        accumulation=accumulation,
+        occupied_bytes=sum(without_state.values()),
+        forward_seconds=tokens * flops.forward / per_second,
+        backward_seconds=tokens * (flops.backward + again) / per_second,
+    )
+
+
+def shard_size(config: RunConfig, setting: Setting) -> int:
+    """Return the parameters of one rank."""
     shards = setting.world_size // config.parallel.replicas
-    parameters = parameter_count(config.model, setting.vocabulary_size)
-    per_rank = 4 * -(-parameters // shards)
+    return -(-parameter_count(config.model, setting.vocabulary_size) // shards)
+
+
+def fixed_memory(
+    config: RunConfig, setting: Setting, rows: int, element_bytes: int
+) -> dict[str, int]:
+    """Return the device memory of one rank that offloading does not change, by kind, in bytes.
+
+    Weights have the compute dtype and are sharded over the ranks of one replica; while they are,
+    two whole layers are gathered at a time.
+    """
+    shard = shard_size(config, setting)
+    sharded = setting.world_size > config.parallel.replicas
+    blocks = len(config.model.pattern) * config.model.layers
+    whole = parameter_count(config.model, setting.vocabulary_size)
     forward = ForwardPass(
         tokens=rows * config.data.sequence_length,
         sequence_length=config.data.sequence_length,
         bytes_per_element=element_bytes,
         checkpointing=config.train.activation_checkpointing,
     )
+    return {
+        "weights": element_bytes * shard,
+        "activations": activation_bytes(config.model, setting.vocabulary_size, forward),
+        "gathered_weights": 2 * element_bytes * whole // blocks if sharded else 0,
+    }
+
+
+def memory_of(
+    config: RunConfig, setting: Setting, rows: int, element_bytes: int, placement: OffloadPlan
+) -> Memory:
+    """Return the memory of one rank by kind, in bytes; without a forecast all state is counted on
+    the device.
+    """
+    chosen = placement.chosen
+    kept = placement.state_bytes_per_parameter
+    everything = shard_size(config, setting) * (kept if element_bytes == 4 else kept + 2)
+    fits = chosen is not None and chosen.problem is None
     return Memory(
-        weights=per_rank,
-        gradients=per_rank,
-        optimizer_moments=2 * per_rank,
-        activations=activation_bytes(config.model, setting.vocabulary_size, forward),
-        compute_copies=0 if element_bytes == 4 else element_bytes * parameters,
+        **fixed_memory(config, setting, rows, element_bytes),
+        optimizer_state=chosen.device_bytes if chosen and fits else everything,
+        host_optimizer_state=chosen.host_bytes if chosen and fits else 0,
     )
 
 

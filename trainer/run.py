@@ -21,7 +21,7 @@ from interlace.trainer.evidence import save_evidence
 from interlace.trainer.models.language_model import LanguageModel
 from interlace.trainer.observe.console import Console
 from interlace.trainer.observe.metrics import MetricsWriter, StepRecord
-from interlace.trainer.optimizer import gradient_norm, scale_gradients, set_learning_rate
+from interlace.trainer.optimizer import set_learning_rate
 from interlace.trainer.plan import Plan
 from interlace.trainer.run_folder import RunFolder
 from interlace.trainer.schedules import learning_rate
@@ -103,6 +103,9 @@ class Run:
         The same exchange tells every rank whether any of them was asked to stop.
         """
         plan, world = self.plan, self.parts.world
+        self.notes.rate = learning_rate(step, plan.steps, self.parts.config.optimizer)
+        # Before backward: with overlap an update begins as soon as its gradients are complete.
+        set_learning_rate(self.parts.state.optimizer, self.notes.rate)
         total = torch.zeros(2, dtype=torch.float64)
         for batch in self.parts.batches.of_step(step):
             total[0] += self.backward_of(batch) / plan.accumulation
@@ -127,7 +130,7 @@ class Run:
 
     def gradient_norm(self) -> float:
         """Return the global gradient norm over all ranks."""
-        return float(gradient_norm(self.parts.model))
+        return self.parts.state.optimizer.gradient_norm()
 
     def update_or_skip(self, step: int, batch_loss: float, norm: float) -> None:
         """Clip and update; leave a step out whose loss or gradient is not finite, on all ranks
@@ -137,21 +140,18 @@ class Run:
             NumericsError: Too many such steps in a row; the evidence is in the run folder.
         """
         failpoint("step.update")
-        parts, settings = self.parts, self.parts.config.optimizer
-        rate = learning_rate(step, self.plan.steps, settings)
+        optimizer = self.parts.state.optimizer
         bad = not (is_finite(batch_loss) and is_finite(norm))
         start = time.perf_counter()
         if not bad:
-            scale_gradients(parts.model, norm, settings.clip)
-            set_learning_rate(parts.state.optimizer, rate)
-            parts.state.optimizer.step()
+            optimizer.step()
         self.notes.update_seconds = time.perf_counter() - start
         self.notes.loss, self.notes.gradient_norm = batch_loss, norm
-        self.notes.rate, self.notes.skipped = rate, bad
+        self.notes.skipped = bad
         self.progress = advance(self.progress, self.plan.tokens_per_step, bad)
         if bad:
             self.report_bad_step(step, batch_loss, norm)
-        parts.model.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
     def report_bad_step(self, step: int, loss: float, norm: float) -> None:
         """Tell of a skipped step; stop the run when there were too many."""
@@ -161,11 +161,18 @@ class Run:
             f"step {step + 1}: loss {loss} or gradient norm {norm} is not finite; update skipped "
             f"({count} in a row, {limit} stop the run)"
         )
-        if count < limit:
+        begun = self.parts.state.optimizer.update_begun
+        if count < limit and not begun:
             return
-        folder = save_evidence(
-            self.folder.path, step, self.parts.model, self.parts.batches, self.parts.world
-        )
+        folder = save_evidence(self.folder.path, step, self.parts.batches, self.parts.state)
+        if begun:
+            raise NumericsError(
+                f"step {step + 1}: loss {loss} or gradient norm {norm} is not finite, and "
+                "offload.overlap=backward had begun the update. The evidence is in "
+                f"{folder}; resume from the newest checkpoint, with a lower "
+                f"optimizer.peak_lr={self.parts.config.optimizer.peak_lr} or with "
+                "offload.overlap=forward, which skips such steps."
+            )
         raise NumericsError(
             f"{count} steps in a row had a loss or gradient that is not finite "
             f"(train.max_bad_steps={limit}); "

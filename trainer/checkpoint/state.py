@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from interlace.offload.optimizer import OffloadedOptimizer
 from interlace.trainer.checkpoint.commit import (
     CheckpointStore,
     FileRecord,
@@ -120,29 +121,29 @@ class TrainingState:
     """The live objects that a checkpoint saves and restores."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: OffloadedOptimizer
     world: World
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return every tensor of the state by canonical name; parts of it are this rank's
         shards.
+
+        The names and precisions are the same wherever the optimizer keeps its state; no update is
+        under way any more.
         """
+        self.optimizer.synchronize()
         named: dict[str, torch.Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            named[f"model.{name}"] = parameter
-            for key, value in self.optimizer.state[parameter].items():
-                named[f"optimizer.{name}.{key}"] = value
+            named[f"model.{name}"] = self.optimizer.master(parameter)
+            state = self.optimizer.state[parameter]
+            for key in ("step", *self.optimizer.rule.moments):
+                named[f"optimizer.{name}.{key}"] = state[key]
         return named
 
-    def materialise_optimizer(self) -> None:
-        """Create the optimizer's state, all zero, so that a checkpoint can be read into it."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                self.optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+    def adopt(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Make what `tensors` returned, after it was filled from a checkpoint, the live state."""
+        for name, parameter in self.model.named_parameters():
+            self.optimizer.set_master(parameter, tensors[f"model.{name}"])
 
 
 def encode(state: torch.Tensor) -> str:
@@ -329,9 +330,11 @@ def verify_needed(store: CheckpointStore, opened: OpenCheckpoint, state: Trainin
 
 def restore(opened: OpenCheckpoint, state: TrainingState) -> None:
     """Copy a verified checkpoint into the live state and this rank's generators."""
-    for name, tensor in state.tensors().items():
+    tensors = state.tensors()
+    for name, tensor in tensors.items():
         opened.reader.read_into(name, local_part(tensor, state.world.rank))
         failpoint("load.mid")
+    state.adopt(tensors)
     random_states = opened.scalars.random_states
     # A rank that did not exist when the checkpoint was saved keeps its fresh generators.
     if state.world.rank < len(random_states):

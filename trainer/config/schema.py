@@ -214,6 +214,51 @@ class OptimizerSection(Section):
     """Learning rate at the last step as a share of the peak (cosine and wsd)."""
 
 
+class OffloadSection(Section):
+    """Where optimizer state lives and who updates it."""
+
+    strategy: Literal["none", "host", "stride", "optimal"] = "none"
+    """All state on the device, all on the host, every k-th subgroup staged, or as the performance
+    model says.
+    """
+
+    overlap: Literal["none", "forward", "backward"] | None = None
+    """What updates run beside; unset means backward without clipping, else the next forward, and
+    none where all state is on the device.
+    """
+
+    stride: PositiveInt | None = None
+    """With `strategy = "stride"`: every so many subgroups one is staged; unset means the published
+    rule.
+    """
+
+    subgroup_elements: PositiveInt = 100_000_000
+    """Parameters per subgroup, about; a larger parameter is a subgroup of its own."""
+
+    staging_slots: PositiveInt = 2
+    """Sets of device buffers that staged subgroups pass through."""
+
+    device_budget_gib: Annotated[float, Field(ge=0.0)] | None = None
+    """Device memory for optimizer state and kept gradients, per rank; unset means what weights and
+    activations leave.
+    """
+
+    host_budget_gib: Annotated[float, Field(ge=0.0)] | None = None
+    """Host memory for optimizer state, per rank; unset means 90% of what is free."""
+
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Precision of moments; bfloat16 rounds stochastically and halves their memory and traffic."""
+
+    split_master: bool = False
+    """Keep fp32 masters of bfloat16 weights as the weight and a 16-bit remainder (exact)."""
+
+    cpu_threads: PositiveInt | None = None
+    """Threads that update on the host, per rank; unset means this rank's share of the cores."""
+
+    recalibrate: bool = True
+    """Measure every step and choose homes anew when prediction and measurement part by 10%."""
+
+
 class ParallelSection(Section):
     """How several ranks share one model."""
 
@@ -242,6 +287,9 @@ class ObserveSection(Section):
     log_every_steps: PositiveInt = 10
     """Steps between printed lines; `metrics.jsonl` holds every step."""
 
+    trace_steps: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
+    """Steps whose updates are traced, such as `10:13` (from 1, the last one not included)."""
+
     sample_prompts: list[str] = ["def ", "import "]
     """Texts that the model continues at the end of a run."""
 
@@ -269,6 +317,9 @@ class RunConfig(Section):
 
     optimizer: OptimizerSection = OptimizerSection()
     """How parameters are updated."""
+
+    offload: OffloadSection = OffloadSection()
+    """Where optimizer state lives and who updates it."""
 
     parallel: ParallelSection = ParallelSection()
     """How several ranks share one model."""

@@ -2,7 +2,7 @@
 head.
 
 A `Layer` is one repetition of the pattern; it is the unit of sharding, recomputation and
-compilation. Parameters are fp32 masters and are cast to the compute dtype where they are used.
+compilation. Parameters may be wider than the compute dtype: they are cast where they are used.
 Initial values depend on the seed and the parameter's name only, so every number of ranks starts
 from the same weights.
 """
