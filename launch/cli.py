@@ -49,6 +49,25 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--ranks", type=int, default=1, metavar="N", help="plan for N ranks (default 1)"
     )
+    plan.add_argument(
+        "--hardware",
+        metavar="NAME|FILE",
+        help="plan for a known machine (see `interlace profile`) or a profile's JSON file",
+    )
+    plan.add_argument(
+        "--timeline", metavar="FILE", help="draw the predicted update of every strategy (.png)"
+    )
+    plan.add_argument(
+        "--sweep", metavar="gpus=A..B", help="show on paper how the recipe scales over GPUs"
+    )
+    profile = add(commands, "profile", "measure this machine for the performance model")
+    profile.add_argument("--json", action="store_true", help="print JSON")
+    profile.add_argument(
+        "--output", metavar="FILE", help="write the profile there too, beside the one on record"
+    )
+    profile.add_argument(
+        "--show", metavar="NAME|FILE", help="show a known machine or a profile's file instead"
+    )
     why = add(commands, "why", "tell where a setting's value comes from")
     why.add_argument("setting", metavar="SECTION.KEY", help="the setting, as in model.width")
     why.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)

@@ -4,7 +4,9 @@ need them.
 
 import json
 import sys
+import time
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 from interlace.trainer.config import list_recipes, load_recipe
@@ -66,14 +68,61 @@ def recipe_to_train(arguments: Namespace) -> Recipe:
 
 def plan(arguments: Namespace) -> int:
     """Show what a recipe would do."""
-    from interlace.launch.plan_table import make_plan, plan_table
+    from interlace.launch.offload_table import draw_plan, parse_sweep, scaling_lines
+    from interlace.launch.plan_table import make_setting, plan_table, this_machine
+    from interlace.offload.hardware import load_profile
+    from interlace.trainer.plan import resolve
+    from interlace.trainer.scaling import sweep
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    resolved = make_plan(recipe.config, arguments.ranks)
+    try:
+        hardware = load_profile(arguments.hardware) if arguments.hardware else this_machine()
+    except ValueError as error:
+        raise ConfigError([f"--{error}"]) from error
+    setting = make_setting(recipe.config, arguments.ranks, hardware)
+    resolved = resolve(recipe.config, setting)
+    rows = sweep(recipe.config, setting, *parse_sweep(arguments.sweep)) if arguments.sweep else []
+    if arguments.timeline:
+        draw_plan(recipe.config, setting, Path(arguments.timeline))
     if arguments.json:
-        print(resolved.model_dump_json(indent=2))
+        document = resolved.model_dump(mode="json")
+        print(json.dumps(document | {"scaling": [asdict(row) for row in rows]}, indent=2))
+        return 0
+    print(plan_table(recipe, resolved))
+    if rows:
+        print("\n".join(scaling_lines(rows)))
+    if arguments.timeline:
+        print(f"\ntimelines  {arguments.timeline}")
+    return 0
+
+
+def profile(arguments: Namespace) -> int:
+    """Measure this machine for the performance model."""
+    import torch
+
+    from interlace.launch.profile_table import profile_table
+    from interlace.offload.hardware import known_machines, load_profile
+    from interlace.offload.measure import cache_path, keep, measure
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.show is not None:
+        try:
+            measured = load_profile(arguments.show)
+        except ValueError as error:
+            raise ConfigError([f"--{error}".replace("hardware", "show", 1)]) from error
     else:
-        print(plan_table(recipe, resolved))
+        start = time.perf_counter()
+        measured = measure(device, lambda text: print(f"... {text}", file=sys.stderr, flush=True))
+        paths = [cache_path(device), *([Path(arguments.output)] if arguments.output else [])]
+        for path in paths:
+            keep(measured, path)
+            print(f"wrote {path}", file=sys.stderr)
+        print(f"took {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    if arguments.json:
+        print(measured.model_dump_json(indent=2))
+        return 0
+    print(profile_table(measured))
+    print(f"\nknown machines for --hardware and --show: {', '.join(known_machines())}")
     return 0
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from interlace.launch.offload_table import offload_lines
+from interlace.offload.hardware import HardwareProfile
 from interlace.offload.measure import known_profile
-from interlace.offload.memory import available_host_bytes
 from interlace.trainer.config import RunConfig
 from interlace.trainer.config.load import Recipe
 from interlace.trainer.data.prepare import find_prepared
@@ -19,25 +20,34 @@ from interlace.trainer.plan import Plan, Setting, resolve
 Row = tuple[str, str]
 
 
-def make_plan(config: RunConfig, ranks: int) -> Plan:
-    """Resolve a recipe for this machine; the corpus is looked at only if it is prepared already."""
+def make_plan(config: RunConfig, ranks: int, hardware: HardwareProfile | None = None) -> Plan:
+    """Resolve a recipe for this machine or another."""
+    return resolve(config, make_setting(config, ranks, hardware or this_machine()))
+
+
+def this_machine() -> HardwareProfile:
+    """Return the profile of this machine; it is measured the first time."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return known_profile(device, lambda text: print(text, file=sys.stderr))
+
+
+def make_setting(config: RunConfig, ranks: int, hardware: HardwareProfile) -> Setting:
+    """Return what a plan depends on; the corpus is looked at only if it is prepared already."""
     try:
         corpus = find_prepared(config.data)
     except DataError:
         # What a plan is for includes recipes whose text is not on this machine.
         corpus = None
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    setting = Setting(
+    per_node = hardware.rates.ranks_per_node if hardware.rates else ranks
+    on_gpu = hardware.device_name != "CPU"
+    return Setting(
         world_size=ranks,
         device_type="cuda" if on_gpu else "cpu",
         vocabulary_size=corpus.index.vocabulary_size if corpus else expected_vocabulary(config),
         corpus_tokens=corpus.tokens("train") if corpus else None,
-        hardware=known_profile(device, lambda text: print(text, file=sys.stderr)),
-        host_available_bytes=available_host_bytes(),
-        ranks_per_host=ranks,
+        hardware=hardware,
+        ranks_per_host=min(ranks, per_node) if on_gpu else ranks,
     )
-    return resolve(config, setting)
 
 
 def expected_vocabulary(config: RunConfig) -> int:
@@ -63,6 +73,7 @@ def plan_table(recipe: Recipe, plan: Plan) -> str:
     lines = [f"{recipe.name}: {recipe.description}".rstrip(": ")]
     for title, rows in sections.items():
         lines += ["", title, *(f"  {label:<24} {value}" for label, value in rows)]
+    lines += offload_lines(plan)
     return "\n".join(lines)
 
 
@@ -105,10 +116,11 @@ def model_rows(config: RunConfig, plan: Plan) -> list[Row]:
 def memory_rows(plan: Plan) -> list[Row]:
     """Bytes by kind."""
     kinds = [(name.replace("_", " "), value) for name, value in plan.memory if value]
+    kinds.sort(key=lambda kind: kind[0].startswith("host"))
     rows = [(name, human_bytes(value)) for name, value in kinds]
     of = "GPU" if plan.device_type == "cuda" else "host"
     total = f"{human_bytes(plan.memory.total)} of {human_bytes(plan.device_memory_bytes)} ({of})"
-    return [*rows, ("total", total)]
+    return [*rows, ("total on the device", total)]
 
 
 def work_rows(plan: Plan) -> list[Row]:

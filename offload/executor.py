@@ -156,7 +156,8 @@ class Executor:
             bytes=size,
             after=(*slot.freed, *subgroup.updating),
         )
-        updated = self.on_device(work, inside, (copied_in, issued))
+        # What holds a slot goes before resident subgroups, which can wait.
+        updated = self.on_device(work, inside, (copied_in, issued), urgent=True)
         copied_out = self.lanes.d2h.submit(
             partial(copy_all, subgroup.slabs, inside),
             what="copy out",
@@ -168,7 +169,11 @@ class Executor:
         return [copied_in, updated, copied_out]
 
     def on_device(
-        self, work: Work, slabs: Mapping[str, torch.Tensor], after: Sequence[Ticket]
+        self,
+        work: Work,
+        slabs: Mapping[str, torch.Tensor],
+        after: Sequence[Ticket],
+        urgent: bool = False,
     ) -> Ticket:
         """Update slabs that are on the device."""
         subgroup = work.subgroup
@@ -178,6 +183,7 @@ class Executor:
             subgroup=subgroup.index,
             bytes=subgroup.elements * subgroup.shape.footprint.device_update,
             after=(*after, *subgroup.updating),
+            urgent=urgent,
         )
 
 

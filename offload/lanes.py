@@ -124,8 +124,12 @@ class Lane:
         subgroup: int = -1,
         bytes: int = 0,
         after: Sequence[Ticket] = (),
+        urgent: bool = False,
     ) -> Ticket:
-        """Do `work` once all of `after` is settled; return its ticket at once."""
+        """Do `work` once all of `after` is settled; return its ticket at once.
+
+        Urgent work goes before what became ready earlier.
+        """
         ticket = Ticket(self.name, what, subgroup, bytes)
         remaining = [len(after)]
         guard = threading.Lock()
@@ -135,10 +139,10 @@ class Lane:
                 remaining[0] -= 1
                 if remaining[0]:
                     return
-            self._enqueue(ticket, work, after)
+            self._enqueue(ticket, work, after, urgent)
 
         if not after:
-            self._enqueue(ticket, work, after)
+            self._enqueue(ticket, work, after, urgent)
         for dependency in after:
             dependency.when_settled(one_settled)
         return ticket
@@ -150,9 +154,14 @@ class Lane:
             self._wake.notify_all()
         self._thread.join()
 
-    def _enqueue(self, ticket: Ticket, work: Callable[[], None], after: Sequence[Ticket]) -> None:
+    def _enqueue(
+        self, ticket: Ticket, work: Callable[[], None], after: Sequence[Ticket], urgent: bool
+    ) -> None:
         with self._wake:
-            self._ready.append((ticket, work, after))
+            if urgent:
+                self._ready.appendleft((ticket, work, after))
+            else:
+                self._ready.append((ticket, work, after))
             self._wake.notify_all()
 
     def _run(self) -> None:

@@ -35,7 +35,7 @@ from interlace.offload.schedule import (
     Schedule,
     Subgroup,
 )
-from interlace.offload.simulator import simulate
+from interlace.offload.simulator import play
 
 HOMES = (Home.RESIDENT, Home.STAGED, Home.HOST)
 STRATEGIES = ("none", "host", "stride", "optimal")
@@ -106,7 +106,7 @@ def solve(
     )
     if count > SIMULATED_UP_TO:
         return schedule
-    return with_simulated_time(schedule, profile, hidden_window)
+    return with_simulated_time(schedule, rates, hidden_window)
 
 
 def fixed_homes(strategy: str, count: int, stride: int | None) -> list[Home] | None:
@@ -171,12 +171,27 @@ def optimal_homes(
         for _, shares in found
     ]
     candidates = [improve(rates, subgroups, homes, memory, window, slots) for homes in candidates]
-    # Relaxed times are lower bounds; whole subgroups decide.
-    candidates.append([Home.HOST] * len(subgroups))
+    # Relaxed times are lower bounds; whole subgroups decide, and the simple strategies compete.
+    candidates += [[Home.HOST] * len(subgroups), [Home.RESIDENT] * len(subgroups)]
     fitting = [homes for homes in candidates if fits(memory_needs(subgroups, homes, slots), memory)]
     if not fitting:
         raise shortage(subgroups, candidates[0], memory, slots, "optimal")
-    return min(fitting, key=lambda homes: predict(rates, subgroups, homes, window).update_seconds)
+    return min(fitting, key=lambda homes: expected_seconds(rates, subgroups, homes, window, slots))
+
+
+def expected_seconds(
+    rates: OffloadRates,
+    subgroups: Sequence[Subgroup],
+    homes: Sequence[Home],
+    window: HiddenWindow,
+    slots: int,
+) -> float:
+    """Return the update time of homes: event by event, or by lanes where there are many."""
+    prediction = predict(rates, subgroups, homes, window)
+    if len(subgroups) > SIMULATED_UP_TO:
+        return prediction.update_seconds
+    schedule = Schedule("optimal", tuple(subgroups), tuple(homes), slots, prediction)
+    return with_simulated_time(schedule, rates, window).prediction.update_seconds
 
 
 def lower_bound(
@@ -434,12 +449,10 @@ def predict(
     return Prediction(lanes[bound], max(0.0, lanes[bound] - window.total), lanes, bound)
 
 
-def with_simulated_time(
-    schedule: Schedule, profile: HardwareProfile, window: HiddenWindow
-) -> Schedule:
+def with_simulated_time(schedule: Schedule, rates: OffloadRates, window: HiddenWindow) -> Schedule:
     """Return a schedule whose times include what only the order of events shows."""
     late = schedule.prediction.lane_seconds.get("flush", 0.0)
-    seconds = max(schedule.prediction.update_seconds, late + simulate(schedule, profile).makespan)
+    seconds = max(schedule.prediction.update_seconds, late + play(schedule, rates).makespan)
     prediction = Prediction(
         update_seconds=seconds,
         exposed_seconds=max(0.0, seconds - window.total),
@@ -462,13 +475,20 @@ def compare(
     hidden_window: HiddenWindow = NOTHING_HIDDEN,
     *,
     stride: int | None = None,
+    staging_slots: int = 2,
 ) -> dict[str, Schedule | MemoryShortage]:
     """Return every strategy's schedule, or why it does not fit."""
     outcome: dict[str, Schedule | MemoryShortage] = {}
     for strategy in STRATEGIES:
         try:
             outcome[strategy] = solve(
-                profile, subgroups, memory, hidden_window, strategy=strategy, stride=stride
+                profile,
+                subgroups,
+                memory,
+                hidden_window,
+                strategy=strategy,
+                stride=stride,
+                staging_slots=staging_slots,
             )
         except MemoryShortage as error:
             outcome[strategy] = error

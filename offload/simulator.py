@@ -57,9 +57,13 @@ def simulate(schedule: Schedule, profile: HardwareProfile) -> Timeline:
     Raises:
         ValueError: The profile has no rates.
     """
-    rates = profile.rates
-    if rates is None:
+    if profile.rates is None:
         raise ValueError(f"the profile {profile.name or profile.device_name} has no rates")
+    return play(schedule, profile.rates)
+
+
+def play(schedule: Schedule, rates: OffloadRates) -> Timeline:
+    """Play one update on a machine with these rates."""
     pieces = pieces_of(schedule, rates)
     queues: dict[str, deque[Piece]] = {lane: deque() for lane in ("h2d", "d2h", "cpu", "device")}
     for piece in pieces:

@@ -14,7 +14,7 @@ import torch
 
 from interlace.offload.hardware import HardwareProfile, profile_hardware
 from interlace.offload.measure import known_profile
-from interlace.offload.memory import available_host_bytes, local_ranks
+from interlace.offload.memory import local_ranks
 from interlace.trainer.batches import StepBatches
 from interlace.trainer.checkpoint.state import Progress, TrainingState, load_newest
 from interlace.trainer.config.schema import RunConfig
@@ -91,7 +91,6 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
         vocabulary_size=corpus.index.vocabulary_size,
         corpus_tokens=corpus.tokens("train"),
         hardware=hardware,
-        host_available_bytes=available_host_bytes(),
         ranks_per_host=local_ranks(),
     )
     plan = resolve(config, setting)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from interlace.offload.fit import memory_needs
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.options import Overlap
-from interlace.offload.performance_model import STRATEGIES, solve
+from interlace.offload.performance_model import compare
 from interlace.offload.schedule import (
     Footprint,
     HiddenWindow,
@@ -32,7 +32,7 @@ DEVICE_RESERVE = 0.06
 """Share of device memory that nobody plans with: fragments, workspaces, the context."""
 
 HOST_SHARE = 0.9
-"""Share of the free host memory that state may occupy."""
+"""Share of a host's memory that state may occupy."""
 
 
 class Forecast(BaseModel):
@@ -73,7 +73,7 @@ class OffloadPlan(BaseModel):
         host_budget_bytes: Host memory that state may occupy, per rank.
         hidden_window: Compute beside which updates may run, in seconds.
         compute_seconds: Forward and backward of one step.
-        state_bytes_per_parameter: On the host: master and moments.
+        resident_bytes_per_parameter: State and gradient of a parameter that stays on the device.
         forecasts: One per strategy; empty while the machine's rates are unknown.
     """
 
@@ -84,7 +84,7 @@ class OffloadPlan(BaseModel):
     host_budget_bytes: int
     hidden_window: HiddenWindow
     compute_seconds: float
-    state_bytes_per_parameter: int
+    resident_bytes_per_parameter: int
     forecasts: tuple[Forecast, ...]
 
     @property
@@ -100,7 +100,7 @@ class Circumstances:
     Attributes:
         hardware: The machine; forecasts need its rates.
         device_type: `cpu` or `cuda`.
-        host_available_bytes: Free host memory of the node.
+        host_memory_bytes: Memory of the host.
         ranks_per_host: Ranks that share it.
         parameters: Of one rank's shard.
         compute_dtype: Of weights and activations.
@@ -112,7 +112,7 @@ class Circumstances:
 
     hardware: HardwareProfile
     device_type: str
-    host_available_bytes: int
+    host_memory_bytes: int
     ranks_per_host: int
     parameters: int
     compute_dtype: torch.dtype
@@ -129,11 +129,8 @@ def place(config: RunConfig, facts: Circumstances) -> OffloadPlan:
     window = window_of(overlap, facts)
     compute = (facts.forward_seconds + facts.backward_seconds) * facts.accumulation
     footprint = footprint_of(config, facts)
-    forecasts: list[Forecast] = []
-    if facts.hardware.rates is not None:
-        for strategy in STRATEGIES:
-            seen = window if strategy != "none" else window_of("none", facts)
-            forecasts.append(forecast(config, facts, strategy, budget, seen, compute))
+    outcomes = outcomes_of(config, facts)
+    forecasts = [forecast(name, outcome, compute) for name, outcome in outcomes.items()]
     return OffloadPlan(
         strategy=config.offload.strategy,
         overlap=overlap,
@@ -141,7 +138,7 @@ def place(config: RunConfig, facts: Circumstances) -> OffloadPlan:
         host_budget_bytes=budget.host_bytes,
         hidden_window=window,
         compute_seconds=compute,
-        state_bytes_per_parameter=footprint.state,
+        resident_bytes_per_parameter=footprint.resident_memory,
         forecasts=tuple(forecasts),
     )
 
@@ -152,7 +149,7 @@ def budget_of(config: RunConfig, facts: Circumstances) -> MemoryBudget:
     Without a GPU the device's memory is the host's, and each gets half of what is free.
     """
     offload, hardware = config.offload, facts.hardware
-    host = int(HOST_SHARE * facts.host_available_bytes / facts.ranks_per_host)
+    host = int(HOST_SHARE * facts.host_memory_bytes / facts.ranks_per_host)
     if facts.device_type == "cuda":
         usable = int((1 - DEVICE_RESERVE) * hardware.device_memory_bytes)
         device = max(0, usable - facts.occupied_bytes)
@@ -206,45 +203,37 @@ def subgroups_of(config: RunConfig, facts: Circumstances) -> list[Subgroup]:
     return [Subgroup(share + (number < rest), footprint) for number in range(count)]
 
 
-def schedule_for(
-    config: RunConfig,
-    facts: Circumstances,
-    strategy: str,
-    budget: MemoryBudget,
-    window: HiddenWindow,
-) -> Schedule:
-    """Return the schedule of one strategy; `MemoryShortage` if it does not fit."""
-    return solve(
+def schedules(config: RunConfig, facts: Circumstances) -> dict[str, Schedule]:
+    """Return the schedule of every strategy that fits."""
+    outcomes = outcomes_of(config, facts)
+    return {name: found for name, found in outcomes.items() if isinstance(found, Schedule)}
+
+
+def outcomes_of(config: RunConfig, facts: Circumstances) -> dict[str, Schedule | MemoryShortage]:
+    """Return every strategy's schedule, or why it does not fit; nothing without rates."""
+    if facts.hardware.rates is None:
+        return {}
+    return compare(
         facts.hardware,
         subgroups_of(config, facts),
-        budget,
-        window,
-        strategy=strategy,
+        budget_of(config, facts),
+        window_of(overlap_of(config), facts),
         stride=config.offload.stride,
         staging_slots=config.offload.staging_slots,
     )
 
 
-def forecast(
-    config: RunConfig,
-    facts: Circumstances,
-    strategy: str,
-    budget: MemoryBudget,
-    window: HiddenWindow,
-    compute: float,
-) -> Forecast:
+def forecast(strategy: str, outcome: Schedule | MemoryShortage, compute: float) -> Forecast:
     """Return what one strategy would take."""
-    try:
-        schedule = schedule_for(config, facts, strategy, budget, window)
-    except MemoryShortage as error:
-        return Forecast(strategy=strategy, problem=str(error))
-    needs = memory_needs(schedule.subgroups, schedule.homes, schedule.staging_slots)
-    expected = schedule.prediction
+    if isinstance(outcome, MemoryShortage):
+        return Forecast(strategy=strategy, problem=str(outcome))
+    needs = memory_needs(outcome.subgroups, outcome.homes, outcome.staging_slots)
+    expected = outcome.prediction
     return Forecast(
         strategy=strategy,
-        resident=schedule.homes.count(Home.RESIDENT),
-        staged=schedule.homes.count(Home.STAGED),
-        host=schedule.homes.count(Home.HOST),
+        resident=outcome.homes.count(Home.RESIDENT),
+        staged=outcome.homes.count(Home.STAGED),
+        host=outcome.homes.count(Home.HOST),
         device_bytes=needs.device_bytes,
         host_bytes=needs.host_bytes,
         update_seconds=expected.update_seconds,

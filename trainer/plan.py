@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 
 from interlace.offload.hardware import HardwareProfile
+from interlace.offload.schedule import Schedule
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.cost import (
@@ -19,7 +20,7 @@ from interlace.trainer.models.cost import (
     flops_per_token,
     parameter_count,
 )
-from interlace.trainer.placement import Circumstances, OffloadPlan, place
+from interlace.trainer.placement import Circumstances, OffloadPlan, place, schedules
 
 DEFAULT_MICROBATCH_TOKENS = 16_384
 
@@ -37,7 +38,6 @@ class Setting:
         vocabulary_size: Entries of the tokenizer.
         corpus_tokens: Training tokens of the prepared corpus, or None while it is not prepared.
         hardware: One rank's share of the machine.
-        host_available_bytes: Free memory of one host.
         ranks_per_host: Ranks that share it.
     """
 
@@ -46,7 +46,6 @@ class Setting:
     vocabulary_size: int
     corpus_tokens: int | None
     hardware: HardwareProfile
-    host_available_bytes: int
     ranks_per_host: int = 1
 
 
@@ -211,7 +210,7 @@ def circumstances(
     return Circumstances(
         hardware=hardware,
         device_type=setting.device_type,
-        host_available_bytes=setting.host_available_bytes,
+        host_memory_bytes=hardware.host_memory_bytes,
         ranks_per_host=setting.ranks_per_host,
         parameters=shard_size(config, setting),
         compute_dtype=dtype,
@@ -220,6 +219,13 @@ def circumstances(
         forward_seconds=tokens * flops.forward / per_second,
         backward_seconds=tokens * (flops.backward + again) / per_second,
     )
+
+
+def update_schedules(config: RunConfig, setting: Setting) -> dict[str, Schedule]:
+    """Return the schedule of every strategy that fits, by name."""
+    rows = config.train.tokens_per_step // config.data.sequence_length // setting.world_size
+    microbatch = microbatch_rows(config, rows)
+    return schedules(config, circumstances(config, setting, microbatch, rows // microbatch))
 
 
 def shard_size(config: RunConfig, setting: Setting) -> int:
@@ -260,8 +266,7 @@ def memory_of(
     the device.
     """
     chosen = placement.chosen
-    kept = placement.state_bytes_per_parameter
-    everything = shard_size(config, setting) * (kept if element_bytes == 4 else kept + 2)
+    everything = shard_size(config, setting) * placement.resident_bytes_per_parameter
     fits = chosen is not None and chosen.problem is None
     return Memory(
         **fixed_memory(config, setting, rows, element_bytes),

@@ -66,6 +66,10 @@ def test_config_of_a_run_is_a_recipe(run: Path, capsys: pytest.CaptureFixture[st
     assert main(["plan", str(run / "config.toml"), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     saved = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    # What a plan says of offloading rests on rates measured a moment ago.
+    for document in (plan, saved):
+        del document["offload"]
+    assert plan.pop("scaling") == []
     assert plan == saved
 
 

@@ -1,18 +1,18 @@
-"""The update and its schedule against plain formulas in fp64."""
+"""The optimizer of a recipe against plain formulas in fp64, and its schedule."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from interlace.trainer.config.schema import OptimizerSection
-from interlace.trainer.optimizer import (
-    build_optimizer,
-    gradient_norm,
-    scale_gradients,
-    set_learning_rate,
-)
+from interlace.offload.hardware import load_profile
+from interlace.offload.optimizer import OffloadedOptimizer
+from interlace.offload.schedule import NOTHING_HIDDEN
+from interlace.trainer.config.schema import OptimizerSection, RunConfig
+from interlace.trainer.errors import ConfigError
+from interlace.trainer.optimizer import build_optimizer, set_learning_rate
 from interlace.trainer.schedules import learning_rate
 
 
@@ -26,9 +26,21 @@ class Small(nn.Module):
         self.vector = nn.Parameter(torch.randn(4, generator=generator, dtype=torch.float64))
 
 
+def optimizer_of(model: nn.Module, budget: int = 10**9, **settings: object) -> OffloadedOptimizer:
+    config = RunConfig.model_validate({"optimizer": settings})
+    placement = SimpleNamespace(
+        device_budget_bytes=budget,
+        host_budget_bytes=budget,
+        overlap="none",
+        hidden_window=NOTHING_HIDDEN,
+    )
+    plan = SimpleNamespace(offload=placement, accumulation=1)
+    return build_optimizer(model, config, plan, load_profile("4xh100-pcie5"))
+
+
 def test_adamw_equals_its_formula_and_decays_matrices_only() -> None:
-    model, settings = Small(), OptimizerSection(weight_decay=0.3)
-    optimizer = build_optimizer(model, settings)
+    model, settings = Small(), OptimizerSection(weight_decay=0.3, clip=0.0)
+    optimizer = optimizer_of(model, weight_decay=0.3, clip=0.0)
     generator = torch.Generator().manual_seed(1)
     twins = {name: p.detach().clone() for name, p in model.named_parameters()}
     first = {name: torch.zeros_like(p) for name, p in twins.items()}
@@ -54,15 +66,26 @@ def test_adamw_equals_its_formula_and_decays_matrices_only() -> None:
 @pytest.mark.parametrize("limit", [0.0, 0.5, 1e6])
 def test_clipping_equals_torchs(limit: float) -> None:
     ours, theirs = Small(), Small()
-    for model in (ours, theirs):
-        for number, parameter in enumerate(model.parameters()):
-            parameter.grad = torch.full_like(parameter, 1.0 + number)
-    norm = gradient_norm(ours)
-    expected = nn.utils.clip_grad_norm_(theirs.parameters(), limit or math.inf)
-    torch.testing.assert_close(norm, expected)
-    scale_gradients(ours, float(norm), limit)
+    optimizer = optimizer_of(ours, clip=limit, weight_decay=0.0)
+    reference = torch.optim.AdamW(
+        theirs.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+    )
+    for scale in (1.0, 0.01, 3.0):
+        for model in (ours, theirs):
+            for number, parameter in enumerate(model.parameters()):
+                parameter.grad = torch.full_like(parameter, scale * (1.0 + number))
+        norm = optimizer.gradient_norm()
+        expected = nn.utils.clip_grad_norm_(theirs.parameters(), limit or math.inf)
+        assert norm == pytest.approx(float(expected), rel=1e-12)
+        optimizer.step()
+        reference.step()
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_state_that_does_not_fit_is_a_user_s_problem_with_the_setting_to_change() -> None:
+    with pytest.raises(ConfigError, match=r"offload\.device_budget_gib"):
+        optimizer_of(Small(), budget=10)
 
 
 def rates(steps: int, **settings: object) -> list[float]:
