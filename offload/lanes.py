@@ -310,7 +310,7 @@ class Lanes:
         """Return a ticket for everything issued so far on the caller's CUDA stream."""
         ticket = Ticket("device", "compute", -1, 0)
         if self.device.type == "cuda":
-            ticket.ended = torch.cuda.Event()
+            ticket.ended = torch.cuda.Event(enable_timing=True)
             ticket.ended.record(torch.cuda.current_stream(self.device))
         ticket.settle()
         return ticket

@@ -10,7 +10,6 @@ are; plain tensors, DDP's and FSDP2's `DTensor` shards all work. Reference: Deep
 
 import logging
 import math
-import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,13 +20,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from interlace.kernels.update import AdamW, UpdateRule, warm_up
+from interlace.offload.calibration import WORTHWHILE
 from interlace.offload.executor import Executor, Work
+from interlace.offload.fit import memory_needs
 from interlace.offload.forward import forward_order, wait_in_forward
 from interlace.offload.gradients import Gradients, all_finite, global_norm
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.lanes import CpuPool, LaneError, Lanes
 from interlace.offload.measure import known_profile
-from interlace.offload.memory import HostSlabs
+from interlace.offload.memory import HostSlabs, available_device_bytes
+from interlace.offload.monitor import Monitor
 from interlace.offload.options import (
     OffloadOptions,
     Overlap,
@@ -37,9 +39,10 @@ from interlace.offload.options import (
     check_strategy,
     streams_gradients,
 )
-from interlace.offload.performance_model import fixed_homes
+from interlace.offload.performance_model import fixed_homes, predict_homes
 from interlace.offload.persistence import load_state
 from interlace.offload.placement import choose_schedule, default_budget
+from interlace.offload.report import UpdateReport
 from interlace.offload.schedule import Home, MemoryBudget, Schedule
 from interlace.offload.subgroup import Member, StateLayout, SubgroupState, cut, local, version_of
 
@@ -97,7 +100,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.options = options or OffloadOptions()
         self.budget, self.profile = budget, profile
         self.subgroups: list[SubgroupState] = []
-        self.blocked_seconds = 0.0
         self.schedule: Schedule | None = None
         self._members: dict[torch.Tensor, tuple[SubgroupState, Member]] = {}
         self._handles: list[RemovableHandle] = []
@@ -112,6 +114,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._lanes = self._open_lanes(groups)
         self._host = HostSlabs(self._lanes.pool, pin=self._lanes.device.type == "cuda")
         self._layout = StateLayout(self.rule, self.options.moment_dtype, self.options.split_master)
+        self.monitor = Monitor(self._lanes, self._profile(), self.options.recalibrate)
         self._gradients = Gradients(self._lanes, self._host, self._gradient_came)
         self._executor = Executor(self._lanes, self.options.staging_slots)
         if model is not None:
@@ -156,13 +159,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         together = sorted([*self.subgroups, *fresh], key=self._first_use)
         for subgroup in fresh:
             warm_up(self.rule, subgroup.weight_dtype, self._layout.moment_dtype)
-        self.schedule, homes = choose_schedule(
-            [subgroup.shape for subgroup in together],
-            profile=self._profile(),
-            budget=self.budget or default_budget(self._lanes.device, self.strategy),
-            strategy=self.strategy,
-            options=self.options,
-        )
+        self.schedule, homes = self._choose(together)
         self.subgroups = together
         for index, subgroup in enumerate(self.subgroups):
             subgroup.index = index
@@ -171,6 +168,18 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 subgroup.settle(home)
                 self._take_members(subgroup)
         self.rehome(homes)
+
+    def _choose(
+        self, subgroups: Sequence[SubgroupState]
+    ) -> tuple[Schedule | None, tuple[Home, ...]]:
+        """Ask for homes, with what is known of the machine and may be occupied now."""
+        return choose_schedule(
+            [subgroup.shape for subgroup in subgroups],
+            profile=self.monitor.corrected or self._profile(),
+            budget=self.budget or default_budget(self._lanes.device, self.strategy),
+            strategy=self.strategy,
+            options=self.options,
+        )
 
     def _profile(self) -> HardwareProfile | None:
         """Return the machine's profile; measure it if the strategy needs one and none was given."""
@@ -210,6 +219,57 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             for member in subgroup.members:
                 self.state[member.parameter] = dict(subgroup.state_of(member))
 
+    def finish_report(self) -> UpdateReport | None:
+        """Wait for the update under way and return its report, or the newest one there is.
+
+        When updates have been off their prediction for a while, homes are chosen anew here.
+        """
+        self.synchronize()
+        if self.monitor.finish(self.schedule):
+            self._reconsider()
+        return self.monitor.last
+
+    def _reconsider(self) -> None:
+        """Choose homes with corrected rates; move state only for a real gain."""
+        schedule, homes = self._choose(self.subgroups)
+        if schedule is None or self.schedule is None or self.monitor.corrected is None:
+            return
+        stay = predict_homes(self.monitor.corrected, self.schedule, self.options.hidden_window)
+        gain = 1 - schedule.prediction.update_seconds / stay.prediction.update_seconds
+        if homes == self.homes or gain < WORTHWHILE:
+            self.schedule = stay
+            announce("homes stay as they are; the prediction is corrected")
+            return
+        moved = sum(old is not new for old, new in zip(self.homes, homes, strict=True))
+        self.schedule = schedule
+        self.rehome(homes)
+        announce(f"{moved} subgroups take another home: {gain:.0%} less time per update expected")
+
+    def give_back(self, device_bytes: int) -> int:
+        """Free device memory by moving state off the device, between steps.
+
+        Returns:
+            The bytes that are free now and were not before.
+        """
+        before = memory_needs(
+            [subgroup.shape for subgroup in self.subgroups],
+            self.homes,
+            self.options.staging_slots,
+        )
+        allowed = max(0, before.device_bytes - device_bytes)
+        host = (self.budget or default_budget(self._lanes.device, self.strategy)).host_bytes
+        self.budget = MemoryBudget(allowed, host)
+        self.schedule, homes = self._choose(self.subgroups)
+        self.rehome(homes)
+        after = memory_needs(
+            [subgroup.shape for subgroup in self.subgroups],
+            self.homes,
+            self.options.staging_slots,
+        )
+        freed = before.device_bytes - after.device_bytes
+        announce(f"device memory is short: {freed:,} bytes of state have left it")
+        return freed
+
     @property
     def homes(self) -> tuple[Home, ...]:
         """The home of every subgroup, in the order of updates."""
@@ -231,6 +291,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             return
         self._begun = True
         self._raise_failure()
+        self.finish_report()
+        if self.monitor.device_is_short():
+            self.give_back(available_device_bytes(self._lanes.device) // 20)
+        self.monitor.begin()
         for subgroup in self.subgroups:
             for ticket in subgroup.updating:
                 ticket.wait_issued()
@@ -312,14 +376,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             )
         self._begin()
         factor = gradient_scale * self._clip_factor(gradient_scale)
-        start = time.perf_counter()
-        for subgroup in self.subgroups:
-            if subgroup not in self._launched:
-                self._launch(subgroup, factor)
-        self._finish_step()
-        if self.overlap == "none":
-            self._wait_all()
-        self.blocked_seconds += time.perf_counter() - start
+        with self.monitor.waiting():
+            for subgroup in self.subgroups:
+                if subgroup not in self._launched:
+                    self._launch(subgroup, factor)
+            self._finish_step()
+            if self.overlap == "none":
+                self._wait_all()
 
     def _clip_factor(self, gradient_scale: float) -> float:
         """Return by what clipping scales gradients; raise, on all ranks alike, if one is not
@@ -352,9 +415,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _launch(self, subgroup: SubgroupState, scale: float) -> None:
         work = Work.of(subgroup, scale)
         if work.arrived:
+            gradients = subgroup.arriving
             self._executor.launch(work)
             for member in work.arrived:
                 member.step += 1
+            self.monitor.launched(subgroup, gradients, int(work.arrived[0].step))
         self._launched.add(subgroup)
 
     def _finish_step(self) -> None:
@@ -367,18 +432,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def wait_for(self, parameters: Iterable[torch.Tensor]) -> None:
         """Wait until these parameters have their new weights; the rest of the update goes on."""
-        start = time.perf_counter()
-        for subgroup in {self._members[p][0]: None for p in parameters if p in self._members}:
-            ticket = subgroup.weights_ready
-            if ticket is None:
-                continue
-            with self._noting_failure():
+        with self.monitor.waiting(), self._noting_failure():
+            for subgroup in {self._members[p][0]: None for p in parameters if p in self._members}:
+                ticket = subgroup.weights_ready
+                if ticket is None:
+                    continue
                 if isinstance(subgroup.members[0].parameter, DTensor):
                     # FSDP2 gathers shards on streams of its own, which must not run ahead.
                     ticket.wait()
                 else:
                     ticket.wait_on_stream()
-        self.blocked_seconds += time.perf_counter() - start
 
     def _wait_all(self) -> None:
         """Let everything that follows on the current stream see the update."""

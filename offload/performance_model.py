@@ -10,7 +10,7 @@ Optimizer States (arXiv 2410.21316), which knows neither host memory nor shares 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import linprog
@@ -453,19 +453,17 @@ def with_simulated_time(schedule: Schedule, rates: OffloadRates, window: HiddenW
     """Return a schedule whose times include what only the order of events shows."""
     late = schedule.prediction.lane_seconds.get("flush", 0.0)
     seconds = max(schedule.prediction.update_seconds, late + play(schedule, rates).makespan)
-    prediction = Prediction(
-        update_seconds=seconds,
-        exposed_seconds=max(0.0, seconds - window.total),
-        lane_seconds=schedule.prediction.lane_seconds,
-        bound_by=schedule.prediction.bound_by,
-    )
-    return Schedule(
-        schedule.strategy,
-        schedule.subgroups,
-        schedule.homes,
-        schedule.staging_slots,
-        prediction,
-    )
+    exposed = max(0.0, seconds - window.total)
+    timed = replace(schedule.prediction, update_seconds=seconds, exposed_seconds=exposed)
+    return replace(schedule, prediction=timed)
+
+
+def predict_homes(profile: HardwareProfile, schedule: Schedule, window: HiddenWindow) -> Schedule:
+    """Return a schedule with the times that its homes would take on another machine."""
+    rates = rates_of(profile)
+    again = replace(schedule, prediction=predict(rates, schedule.subgroups, schedule.homes, window))
+    few = len(schedule.subgroups) <= SIMULATED_UP_TO
+    return with_simulated_time(again, rates, window) if few else again
 
 
 def compare(

@@ -1,0 +1,96 @@
+"""Watches the updates of one optimizer: measures each, reports it, and notices when the performance
+model is wrong.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+import torch
+
+from interlace.offload.calibration import Calibration
+from interlace.offload.hardware import HardwareProfile
+from interlace.offload.lanes import Lanes, Ticket
+from interlace.offload.report import Clock, UpdateReport, report_of
+from interlace.offload.schedule import Schedule
+from interlace.offload.subgroup import SubgroupState
+
+logger = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Collects the tickets of one step after another.
+
+    Attributes:
+        blocked_seconds: How long the caller has waited for updates, in all.
+        on_report: Called with the report of every finished update.
+        last: The newest report.
+        corrected: The machine as calibration believes it to be; None while nothing was corrected.
+    """
+
+    def __init__(self, lanes: Lanes, profile: HardwareProfile | None, recalibrate: bool) -> None:
+        self.lanes = lanes
+        self.blocked_seconds = 0.0
+        self.on_report: Callable[[UpdateReport], None] | None = None
+        self.last: UpdateReport | None = None
+        self.corrected: HardwareProfile | None = None
+        watch = recalibrate and profile is not None and profile.rates is not None
+        self._calibration = Calibration(profile) if watch and profile is not None else None
+        self._tickets: list[Ticket] = []
+        self._clock = Clock(time.perf_counter(), None)
+        self._blocked_before = 0.0
+        self._number = 0
+        self._retries = allocation_retries(lanes.device)
+
+    def begin(self) -> None:
+        """Set the zero of a step's timeline."""
+        self._clock = Clock(time.perf_counter(), self.lanes.current_work().ended)
+
+    def launched(self, subgroup: SubgroupState, gradients: list[Ticket], number: int) -> None:
+        """Take note of one subgroup's update and of the gradients that it used."""
+        self._tickets += [*gradients, *subgroup.updating]
+        self._number = max(self._number, number)
+
+    @contextmanager
+    def waiting(self) -> Generator[None]:
+        """Count the time spent inside as exposed."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.blocked_seconds += time.perf_counter() - start
+
+    def finish(self, schedule: Schedule | None) -> bool:
+        """Report the update that is complete; return whether homes should be chosen anew."""
+        if not self._tickets:
+            return False
+        exposed = self.blocked_seconds - self._blocked_before
+        self._blocked_before = self.blocked_seconds
+        tickets, self._tickets = self._tickets, []
+        prediction = schedule.prediction if schedule is not None else None
+        report = report_of(self._number, tickets, self._clock, exposed, prediction)
+        self.last = report
+        if self.on_report is not None:
+            self.on_report(report)
+        if self._calibration is None or schedule is None:
+            return False
+        if not self._calibration.notice(report, schedule):
+            return False
+        predicted = schedule.prediction.update_seconds
+        logger.info("%s", self._calibration.words(report, predicted))
+        self._calibration.correct()
+        self.corrected = self._calibration.profile
+        return True
+
+    def device_is_short(self) -> bool:
+        """Whether the allocator had to free its cache to go on since the last call."""
+        before, self._retries = self._retries, allocation_retries(self.lanes.device)
+        return self._retries > before
+
+
+def allocation_retries(device: torch.device) -> int:
+    """Return how often torch's allocator ran out of device memory and retried."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
