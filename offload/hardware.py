@@ -75,6 +75,9 @@ class OffloadRates(BaseModel):
     device_update_bytes_per_second: PositiveFloat
     """Update on the device, in bytes read and written."""
 
+    piece_overhead_seconds: NonNegativeFloat = 0.0
+    """Time that every copy and every update takes beside its bytes: hand-over, launch, events."""
+
     host_dram_bytes_per_second: PositiveFloat
     """Host memory of the whole node, reads and writes together, as a STREAM-like loop sees it."""
 

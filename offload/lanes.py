@@ -251,6 +251,8 @@ class CpuPool:
         memory is the one that uses it. Cuts fall on multiples of 64 elements: no two threads write
         one cache line.
         """
+        if elements == 0:
+            return
         share = -(-elements // (self.threads * 64)) * 64
         parts = [
             self._pool.submit(work, start, min(start + share, elements))

@@ -18,7 +18,7 @@ import torch
 
 from interlace.kernels.update import AdamW, Slab, Step, update
 from interlace.offload.hardware import HardwareProfile, OffloadRates, profile_hardware
-from interlace.offload.lanes import CpuPool, usable_cores
+from interlace.offload.lanes import CpuPool, Lanes, Ticket, usable_cores
 from interlace.offload.memory import HostSlabs
 from interlace.offload.schedule import Footprint
 
@@ -77,6 +77,8 @@ class Measurement:
         on_device = self.device_update()
         self.announce("host memory, alone and beside copies")
         dram = self.host_memory()
+        self.announce("hand-over from lane to lane")
+        overhead = self.hand_over()
         self.announce("copies of memory that is not pinned, casts on one thread")
         rates = OffloadRates(
             ranks_per_node=max(1, torch.cuda.device_count()) if self.on_gpu else 1,
@@ -85,6 +87,7 @@ class Measurement:
             duplex_efficiency=duplex,
             pageable_bytes_per_second=self.pageable(),
             cpu_update_bytes_per_second=cpu,
+            piece_overhead_seconds=overhead,
             cpu_cast_elements_per_second=self.cast(),
             device_update_bytes_per_second=on_device,
             host_dram_bytes_per_second=dram,
@@ -236,6 +239,21 @@ class Measurement:
         }
         updates = max(self.details["host update bytes/s by threads"].values())
         return max(alone, updates)
+
+    def hand_over(self, chains: int = 50) -> float:
+        """Return the seconds that a piece of work takes when there is next to nothing to do."""
+        lanes = Lanes(self.device, CpuPool(1))
+        tiny, there = self.host.empty(64, torch.float32), torch.zeros(64, device=self.device)
+        last: list[Ticket] = []
+        start = time.perf_counter()
+        for _ in range(chains):
+            up = lanes.h2d.submit(lambda: void(there.copy_(tiny)), what="copy in", after=last)
+            on = lanes.compute.submit(lambda: void(there.add_(1)), what="update", after=(up,))
+            last = [lanes.d2h.submit(lambda: void(tiny.copy_(there)), what="copy out", after=(on,))]
+        last[0].wait()
+        seconds = (time.perf_counter() - start) / (3 * chains)
+        lanes.close()
+        return seconds
 
     def pageable(self) -> float:
         """Return bytes per second of a copy from memory that is not pinned."""

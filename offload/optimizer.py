@@ -8,7 +8,6 @@ are; plain tensors, DDP's and FSDP2's `DTensor` shards all work. Reference: Deep
 (arXiv 2410.21316).
 """
 
-import logging
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,14 +19,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from interlace.kernels.update import AdamW, UpdateRule, warm_up
-from interlace.offload.calibration import WORTHWHILE
 from interlace.offload.executor import Executor, Work
-from interlace.offload.fit import memory_needs
 from interlace.offload.forward import forward_order, wait_in_forward
 from interlace.offload.gradients import Gradients, all_finite, global_norm
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.lanes import CpuPool, LaneError, Lanes
-from interlace.offload.measure import known_profile
 from interlace.offload.memory import HostSlabs, available_device_bytes
 from interlace.offload.monitor import Monitor
 from interlace.offload.options import (
@@ -39,19 +35,11 @@ from interlace.offload.options import (
     check_strategy,
     streams_gradients,
 )
-from interlace.offload.performance_model import fixed_homes, predict_homes
 from interlace.offload.persistence import load_state
-from interlace.offload.placement import choose_schedule, default_budget
+from interlace.offload.placement import Placement
 from interlace.offload.report import UpdateReport
 from interlace.offload.schedule import Home, MemoryBudget, Schedule
 from interlace.offload.subgroup import Member, StateLayout, SubgroupState, cut, local, version_of
-
-logger = logging.getLogger(__name__)
-
-
-def announce(text: str) -> None:
-    """Log what takes a while."""
-    logger.info(text)
 
 
 class NonFiniteGradient(ArithmeticError):
@@ -98,9 +86,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.overlap: Overlap = overlap
         self.clip_norm = clip_norm
         self.options = options or OffloadOptions()
-        self.budget, self.profile = budget, profile
         self.subgroups: list[SubgroupState] = []
-        self.schedule: Schedule | None = None
         self._members: dict[torch.Tensor, tuple[SubgroupState, Member]] = {}
         self._handles: list[RemovableHandle] = []
         self._norm: float | None = None
@@ -114,7 +100,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._lanes = self._open_lanes(groups)
         self._host = HostSlabs(self._lanes.pool, pin=self._lanes.device.type == "cuda")
         self._layout = StateLayout(self.rule, self.options.moment_dtype, self.options.split_master)
-        self.monitor = Monitor(self._lanes, self._profile(), self.options.recalibrate)
+        self.placement = Placement(self._lanes.device, strategy, budget, profile, self.options)
+        self.monitor = Monitor(self._lanes, self.placement.profile, self.options.recalibrate)
         self._gradients = Gradients(self._lanes, self._host, self._gradient_came)
         self._executor = Executor(self._lanes, self.options.staging_slots)
         if model is not None:
@@ -159,7 +146,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         together = sorted([*self.subgroups, *fresh], key=self._first_use)
         for subgroup in fresh:
             warm_up(self.rule, subgroup.weight_dtype, self._layout.moment_dtype)
-        self.schedule, homes = self._choose(together)
+        homes = self.placement.choose([subgroup.shape for subgroup in together])
         self.subgroups = together
         for index, subgroup in enumerate(self.subgroups):
             subgroup.index = index
@@ -168,25 +155,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 subgroup.settle(home)
                 self._take_members(subgroup)
         self.rehome(homes)
-
-    def _choose(
-        self, subgroups: Sequence[SubgroupState]
-    ) -> tuple[Schedule | None, tuple[Home, ...]]:
-        """Ask for homes, with what is known of the machine and may be occupied now."""
-        return choose_schedule(
-            [subgroup.shape for subgroup in subgroups],
-            profile=self.monitor.corrected or self._profile(),
-            budget=self.budget or default_budget(self._lanes.device, self.strategy),
-            strategy=self.strategy,
-            options=self.options,
-        )
-
-    def _profile(self) -> HardwareProfile | None:
-        """Return the machine's profile; measure it if the strategy needs one and none was given."""
-        needs_none = fixed_homes(self.strategy, 0, self.options.stride) is not None
-        if self.profile is None and not needs_none:
-            self.profile = known_profile(self._lanes.device, announce)
-        return self.profile
 
     def _first_use(self, subgroup: SubgroupState) -> int:
         return min(self._order[member.parameter] for member in subgroup.members)
@@ -225,50 +193,20 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         When updates have been off their prediction for a while, homes are chosen anew here.
         """
         self.synchronize()
-        if self.monitor.finish(self.schedule):
-            self._reconsider()
+        if self.monitor.finish(self.schedule) and self.monitor.corrected is not None:
+            shapes = [subgroup.shape for subgroup in self.subgroups]
+            self.rehome(self.placement.reconsider(shapes, self.homes, self.monitor.corrected))
         return self.monitor.last
 
-    def _reconsider(self) -> None:
-        """Choose homes with corrected rates; move state only for a real gain."""
-        schedule, homes = self._choose(self.subgroups)
-        if schedule is None or self.schedule is None or self.monitor.corrected is None:
-            return
-        stay = predict_homes(self.monitor.corrected, self.schedule, self.options.hidden_window)
-        gain = 1 - schedule.prediction.update_seconds / stay.prediction.update_seconds
-        if homes == self.homes or gain < WORTHWHILE:
-            self.schedule = stay
-            announce("homes stay as they are; the prediction is corrected")
-            return
-        moved = sum(old is not new for old, new in zip(self.homes, homes, strict=True))
-        self.schedule = schedule
-        self.rehome(homes)
-        announce(f"{moved} subgroups take another home: {gain:.0%} less time per update expected")
+    def give_back(self, device_bytes: int) -> None:
+        """Free device memory, between steps, by moving state off the device."""
+        shapes = [subgroup.shape for subgroup in self.subgroups]
+        self.rehome(self.placement.give_back(shapes, self.homes, device_bytes))
 
-    def give_back(self, device_bytes: int) -> int:
-        """Free device memory by moving state off the device, between steps.
-
-        Returns:
-            The bytes that are free now and were not before.
-        """
-        before = memory_needs(
-            [subgroup.shape for subgroup in self.subgroups],
-            self.homes,
-            self.options.staging_slots,
-        )
-        allowed = max(0, before.device_bytes - device_bytes)
-        host = (self.budget or default_budget(self._lanes.device, self.strategy)).host_bytes
-        self.budget = MemoryBudget(allowed, host)
-        self.schedule, homes = self._choose(self.subgroups)
-        self.rehome(homes)
-        after = memory_needs(
-            [subgroup.shape for subgroup in self.subgroups],
-            self.homes,
-            self.options.staging_slots,
-        )
-        freed = before.device_bytes - after.device_bytes
-        announce(f"device memory is short: {freed:,} bytes of state have left it")
-        return freed
+    @property
+    def schedule(self) -> Schedule | None:
+        """Homes and times as the performance model expects them; None where it was not asked."""
+        return self.placement.schedule
 
     @property
     def homes(self) -> tuple[Home, ...]:

@@ -1,11 +1,14 @@
 """Chooses a home for every subgroup: budgets first, then the performance model."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
-from interlace.offload.fit import check_memory
+from interlace.offload.calibration import WORTHWHILE
+from interlace.offload.fit import check_memory, memory_needs
 from interlace.offload.hardware import HardwareProfile
+from interlace.offload.measure import known_profile
 from interlace.offload.memory import (
     HOST_SHARE,
     available_device_bytes,
@@ -13,59 +16,114 @@ from interlace.offload.memory import (
     local_ranks,
 )
 from interlace.offload.options import OffloadOptions, Strategy
-from interlace.offload.performance_model import fixed_homes, solve
+from interlace.offload.performance_model import fixed_homes, predict_homes, solve
 from interlace.offload.schedule import Home, MemoryBudget, Schedule, Subgroup
+
+logger = logging.getLogger(__name__)
 
 DEVICE_SHARE = 0.5
 """Share of the free device memory that resident state may take when no budget is given: the
 activations of the first forward pass are yet to come."""
 
 
-def default_budget(device: torch.device, strategy: Strategy) -> MemoryBudget:
-    """Return what state may occupy on this machine when nobody said it."""
-    ranks = local_ranks()
-    host = int(HOST_SHARE * available_host_bytes() / ranks)
-    free = available_device_bytes(device) // (ranks if device.type == "cpu" else 1)
-    share = 1.0 if strategy == "none" else DEVICE_SHARE
-    return MemoryBudget(device_bytes=int(share * free), host_bytes=host)
+class Placement:
+    """What one optimizer knows of its machine, and the homes that follow from it.
 
-
-def choose_schedule(
-    subgroups: Sequence[Subgroup],
-    *,
-    profile: HardwareProfile | None,
-    budget: MemoryBudget,
-    strategy: Strategy,
-    options: OffloadOptions,
-) -> tuple[Schedule | None, tuple[Home, ...]]:
-    """Return the schedule of all subgroups that have elements, and a home for every subgroup.
-
-    Without a profile only strategies that need none are possible, and nothing is predicted.
-
-    Raises:
-        MemoryShortage: State does not fit the budget.
+    Attributes:
+        profile: The machine; None while nobody needed it. Calibration replaces it.
+        budget: Memory that state may occupy; None means a share of what is free.
+        schedule: The newest schedule; None where homes follow without a prediction.
     """
-    filled = [number for number, subgroup in enumerate(subgroups) if subgroup.elements]
-    homes = [Home.RESIDENT] * len(subgroups)
-    if not filled:
-        return None, tuple(homes)
-    shapes = [subgroups[number] for number in filled]
-    if profile is None or profile.rates is None:
-        fixed = fixed_homes(strategy, len(shapes), options.stride)
-        assert fixed is not None, "a profile is measured where the strategy needs one"
-        check_memory(shapes, fixed, budget, options.staging_slots, strategy)
-        for number, home in zip(filled, fixed, strict=True):
+
+    def __init__(
+        self,
+        device: torch.device,
+        strategy: Strategy,
+        budget: MemoryBudget | None,
+        profile: HardwareProfile | None,
+        options: OffloadOptions,
+    ) -> None:
+        self.device = device
+        self.strategy: Strategy = strategy
+        self.options = options
+        self.budget = budget
+        self.schedule: Schedule | None = None
+        needs_none = fixed_homes(strategy, 0, options.stride) is not None
+        if profile is None and not needs_none:
+            profile = known_profile(device, logger.info)
+        self.profile = profile
+
+    def allowed(self) -> MemoryBudget:
+        """Return what state may occupy: as given, else shares of what is free now."""
+        if self.budget is not None:
+            return self.budget
+        ranks = local_ranks()
+        host = int(HOST_SHARE * available_host_bytes() / ranks)
+        free = available_device_bytes(self.device) // (ranks if self.device.type == "cpu" else 1)
+        share = 1.0 if self.strategy == "none" else DEVICE_SHARE
+        return MemoryBudget(device_bytes=int(share * free), host_bytes=host)
+
+    def choose(self, subgroups: Sequence[Subgroup]) -> tuple[Home, ...]:
+        """Return a home for every subgroup; those without elements need none and get any.
+
+        Raises:
+            MemoryShortage: State does not fit.
+        """
+        filled = [number for number, subgroup in enumerate(subgroups) if subgroup.elements]
+        homes = [Home.RESIDENT] * len(subgroups)
+        if not filled:
+            return tuple(homes)
+        shapes = [subgroups[number] for number in filled]
+        for number, home in zip(filled, self.homes_of(shapes), strict=True):
             homes[number] = home
-        return None, tuple(homes)
-    schedule = solve(
-        profile,
-        shapes,
-        budget,
-        options.hidden_window,
-        strategy=strategy,
-        stride=options.stride,
-        staging_slots=options.staging_slots,
-    )
-    for number, home in zip(filled, schedule.homes, strict=True):
-        homes[number] = home
-    return schedule, tuple(homes)
+        return tuple(homes)
+
+    def homes_of(self, shapes: Sequence[Subgroup]) -> Sequence[Home]:
+        """Return homes, and remember the schedule that predicts their times."""
+        budget, options = self.allowed(), self.options
+        if self.profile is None or self.profile.rates is None:
+            fixed = fixed_homes(self.strategy, len(shapes), options.stride)
+            assert fixed is not None, "a profile was measured where the strategy needs one"
+            check_memory(shapes, fixed, budget, options.staging_slots, self.strategy)
+            return fixed
+        self.schedule = solve(
+            self.profile,
+            shapes,
+            budget,
+            options.hidden_window,
+            strategy=self.strategy,
+            stride=options.stride,
+            staging_slots=options.staging_slots,
+        )
+        return self.schedule.homes
+
+    def reconsider(
+        self, subgroups: Sequence[Subgroup], homes: tuple[Home, ...], profile: HardwareProfile
+    ) -> tuple[Home, ...]:
+        """Return homes under corrected rates; the present ones unless others gain enough."""
+        old = self.schedule
+        assert old is not None, "only predicted schedules are found wrong"
+        self.profile = profile
+        stay = predict_homes(profile, old, self.options.hidden_window)
+        chosen = self.choose(subgroups)
+        assert self.schedule is not None
+        gain = 1 - self.schedule.prediction.update_seconds / stay.prediction.update_seconds
+        if chosen == homes or gain < WORTHWHILE:
+            self.schedule = stay
+            logger.info("homes stay as they are; the prediction is corrected")
+            return homes
+        moved = sum(old is not new for old, new in zip(homes, chosen, strict=True))
+        logger.info("%d subgroups take another home: %.0f%% less time", moved, 100 * gain)
+        return chosen
+
+    def give_back(
+        self, subgroups: Sequence[Subgroup], homes: Sequence[Home], device_bytes: int
+    ) -> tuple[Home, ...]:
+        """Return homes that occupy so much less of the device."""
+        slots = self.options.staging_slots
+        occupied = memory_needs(subgroups, homes, slots).device_bytes
+        self.budget = MemoryBudget(max(0, occupied - device_bytes), self.allowed().host_bytes)
+        chosen = self.choose(subgroups)
+        freed = occupied - memory_needs(subgroups, chosen, slots).device_bytes
+        logger.info("device memory is short: %s bytes of state leave it", f"{freed:,}")
+        return chosen

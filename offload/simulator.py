@@ -64,7 +64,7 @@ def simulate(schedule: Schedule, profile: HardwareProfile) -> Timeline:
 
 def play(schedule: Schedule, rates: OffloadRates) -> Timeline:
     """Play one update on a machine with these rates."""
-    pieces = pieces_of(schedule, rates)
+    pieces = with_overhead(pieces_of(schedule, rates), rates)
     queues: dict[str, deque[Piece]] = {lane: deque() for lane in ("h2d", "d2h", "cpu", "device")}
     for piece in pieces:
         if not piece.waits:
@@ -181,6 +181,13 @@ def staged_pieces(
     updated = device_update(number, subgroup, rates, urgent=True).after(sent)
     back = Piece("d2h", "copy out", number, size, size / rates.d2h_bytes_per_second, float(size))
     return [sent, updated, back.after(updated)]
+
+
+def with_overhead(pieces: list[Piece], rates: OffloadRates) -> list[Piece]:
+    """Add to every piece what it takes beside its bytes."""
+    for piece in pieces:
+        piece.seconds += rates.piece_overhead_seconds
+    return pieces
 
 
 def device_update(

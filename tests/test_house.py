@@ -122,10 +122,5 @@ def test_settings_that_nobody_reads_do_not_exist() -> None:
     code = "\n".join(
         path.read_text(encoding="utf-8") for path in our_files() if path.name != "schema.py"
     )
-    # `optimizer.rule` has one choice today: it names the formula in recipes and reports.
-    unread = [
-        key
-        for key in all_settings()
-        if not re.search(rf"\.{key.split('.')[1]}\b", code) and key != "optimizer.rule"
-    ]
+    unread = [key for key in all_settings() if not re.search(rf"\.{key.split('.')[1]}\b", code)]
     assert unread == []

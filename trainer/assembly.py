@@ -15,6 +15,7 @@ import torch
 from interlace.offload.hardware import HardwareProfile, profile_hardware
 from interlace.offload.measure import known_profile
 from interlace.offload.memory import local_ranks
+from interlace.offload.report import UpdateReport
 from interlace.trainer.batches import StepBatches
 from interlace.trainer.checkpoint.state import Progress, TrainingState, load_newest
 from interlace.trainer.config.schema import RunConfig
@@ -28,6 +29,7 @@ from interlace.trainer.observe.environment import describe_environment
 from interlace.trainer.observe.metrics import METRICS_NAME, MetricsWriter, read_metrics
 from interlace.trainer.observe.plots import write_loss_curve
 from interlace.trainer.observe.report import write_report
+from interlace.trainer.observe.traces import UpdateTraces
 from interlace.trainer.optimizer import build_optimizer
 from interlace.trainer.parallel import (
     compile_layers,
@@ -67,16 +69,31 @@ def open_run(config: RunConfig, world: World) -> Generator[Run]:
             metrics = stack.enter_context(MetricsWriter(parts.folder.path, progress.step))
         stop = stack.enter_context(StopRequest(announce=world.is_main))
         run = Run(parts, progress, console, metrics, stop)
+        traces = trace_updates(parts, console)
         try:
             yield run
         finally:
             console.close()
+            traces.write()
             if metrics is not None:
                 metrics.close()
                 draw_pictures(parts.folder.path)
         if world.is_main:
             conclude(run)
     world.barrier()
+
+
+def trace_updates(parts: Parts, console: Console) -> UpdateTraces:
+    """Let rank 0 collect the timelines that the recipe asks for."""
+    span = parts.config.observe.trace_steps if parts.world.is_main else None
+    traces = UpdateTraces(span, parts.folder.path, console)
+    optimizer = parts.state.optimizer
+
+    def take(report: UpdateReport) -> None:
+        traces.take(report, optimizer.schedule, optimizer.placement.profile)
+
+    optimizer.monitor.on_report = take
+    return traces
 
 
 def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from interlace.kernels.update import AdamW
+from interlace.kernels.update import SGD, AdamW, UpdateRule
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.lanes import usable_cores
 from interlace.offload.memory import local_ranks
@@ -60,10 +60,11 @@ def build_optimizer(
         raise ConfigError([str(error)]) from error
 
 
-def rule_of(settings: OptimizerSection) -> AdamW:
+def rule_of(settings: OptimizerSection) -> UpdateRule:
     """Return the update rule of a recipe."""
-    rules = {"adamw": AdamW}
-    return rules[settings.rule](
+    if settings.rule == "sgd":
+        return SGD(lr=settings.peak_lr, momentum=settings.beta1, weight_decay=settings.weight_decay)
+    return AdamW(
         lr=settings.peak_lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from interlace.offload.hardware import HardwareProfile, resident_bytes
+from interlace.offload.report import UpdateReport
 from interlace.trainer.batches import Batch, StepBatches
 from interlace.trainer.checkpoint.failpoints import failpoint
 from interlace.trainer.checkpoint.state import Progress, TrainingState, save
@@ -53,7 +54,6 @@ class StepNotes:
     loss: float = 0.0
     gradient_norm: float = 0.0
     rate: float = 0.0
-    update_seconds: float = 0.0
     skipped: bool = False
     validation: Validation | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -142,10 +142,8 @@ class Run:
         failpoint("step.update")
         optimizer = self.parts.state.optimizer
         bad = not (is_finite(batch_loss) and is_finite(norm))
-        start = time.perf_counter()
         if not bad:
             optimizer.step()
-        self.notes.update_seconds = time.perf_counter() - start
         self.notes.loss, self.notes.gradient_norm = batch_loss, norm
         self.notes.skipped = bad
         self.progress = advance(self.progress, self.plan.tokens_per_step, bad)
@@ -206,6 +204,7 @@ class Run:
         spent_training = seconds - (validation.seconds if validation else 0.0)
         speed = plan.tokens_per_step / spent_training
         peak = hardware.matmul_flops * plan.world_size
+        update = self.newest_update()
         on_gpu = self.parts.world.device.type == "cuda"
         return StepRecord(
             step=self.progress.step,
@@ -218,13 +217,20 @@ class Run:
             device_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
             host_memory_bytes=resident_bytes(),
             step_seconds=spent_training,
-            # On a GPU the update runs on while the host goes ahead: its time is not known here.
-            update_seconds=None if on_gpu else notes.update_seconds,
+            update_seconds=update.update_seconds if update else None,
+            exposed_update_seconds=update.exposed_seconds if update else None,
             val_loss=validation.loss if validation else None,
             val_bits_per_byte=validation.bits_per_byte if validation else None,
             val_perplexity=validation.perplexity if validation else None,
             skipped=True if notes.skipped else None,
         )
+
+    def newest_update(self) -> UpdateReport | None:
+        """Return the report of the newest update that is complete; with overlap one may be under
+        way, which is not waited for.
+        """
+        optimizer = self.parts.state.optimizer
+        return optimizer.finish_report() if optimizer.overlap == "none" else optimizer.monitor.last
 
     def checkpoint_if_due(self) -> None:
         """Commit a checkpoint every so many steps; a save that fails does not stop the training."""

@@ -146,6 +146,41 @@ def mixture_has_sources(config: RunConfig) -> str | None:
     return None
 
 
+def overlap_is_exact(config: RunConfig) -> str | None:
+    """A clipped update waits for the norm of all gradients."""
+    if config.offload.overlap != "backward" or not config.optimizer.clip:
+        return None
+    return (
+        f"offload.overlap=backward: optimizer.clip={config.optimizer.clip} needs the norm of all "
+        "gradients, which is known after backward only; type offload.overlap=forward or "
+        "optimizer.clip=0"
+    )
+
+
+def stride_has_its_strategy(config: RunConfig) -> str | None:
+    """A stride means something to one strategy."""
+    if config.offload.stride is None or config.offload.strategy == "stride":
+        return None
+    return (
+        f"offload.stride={config.offload.stride}: offload.strategy={config.offload.strategy} does "
+        "not use it; type offload.strategy=stride, or leave it out"
+    )
+
+
+def trace_span_is_not_empty(config: RunConfig) -> str | None:
+    """A span of steps goes forward, from 1."""
+    span = config.observe.trace_steps
+    if span is None:
+        return None
+    first, last = (int(word) for word in span.split(":"))
+    if 1 <= first < last:
+        return None
+    return (
+        f"observe.trace_steps={span}: holds no step; type first:last with first at least 1 and "
+        f"last above it, such as observe.trace_steps={max(1, first)}:{max(1, first) + 3}"
+    )
+
+
 def tokenizer_exists(config: RunConfig) -> str | None:
     """A tokenizer that is not built in is a file that exists."""
     name = config.data.tokenizer
@@ -166,4 +201,7 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     validation_holds_a_row,
     mixture_has_sources,
     tokenizer_exists,
+    overlap_is_exact,
+    stride_has_its_strategy,
+    trace_span_is_not_empty,
 )

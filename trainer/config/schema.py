@@ -178,8 +178,10 @@ class TrainSection(Section):
 class OptimizerSection(Section):
     """How parameters are updated."""
 
-    rule: Literal["adamw"] = "adamw"
-    """Update rule: AdamW (Loshchilov and Hutter 2019)."""
+    rule: Literal["adamw", "sgd"] = "adamw"
+    """Update rule: AdamW (Loshchilov and Hutter 2019), or SGD with momentum `beta1`, whose decay
+    is part of the gradient.
+    """
 
     peak_lr: Annotated[float, Field(gt=0.0)] = 3e-3
     """Learning rate after warm-up."""

@@ -24,6 +24,7 @@ TENSORBOARD_TAGS = {
     "mfu": "speed/mfu",
     "step_seconds": "speed/step_seconds",
     "update_seconds": "speed/update_seconds",
+    "exposed_update_seconds": "speed/exposed_update_seconds",
     "device_memory_bytes": "memory/device_bytes",
     "host_memory_bytes": "memory/host_bytes",
 }
@@ -44,7 +45,9 @@ class StepRecord:
         device_memory_bytes: Peak allocated on the accelerator.
         host_memory_bytes: Resident memory of rank 0's process.
         step_seconds: Wall time of the step, validation left out.
-        update_seconds: Wall time of clipping and update.
+        update_seconds: Time of the newest finished update, from its first to its last event; with
+            overlap that is the update of the step before.
+        exposed_update_seconds: The part of it that step and forward waited for.
         val_loss: Held-out loss in nats per token.
         val_bits_per_byte: Held-out bits per byte of text.
         val_perplexity: exp(val_loss).
@@ -62,6 +65,7 @@ class StepRecord:
     host_memory_bytes: int | None = None
     step_seconds: float | None = None
     update_seconds: float | None = None
+    exposed_update_seconds: float | None = None
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
     val_perplexity: float | None = None

@@ -8,7 +8,7 @@ from interlace.trainer.config import RunConfig, list_recipes, load_recipe
 from interlace.trainer.config.problems import SYNONYMS, all_settings
 from interlace.trainer.errors import ConfigError
 
-SECTIONS = "run, model, data, train, optimizer, parallel, checkpoint, observe"
+SECTIONS = "run, model, data, train, optimizer, offload, parallel, checkpoint, observe"
 
 WRONG_OVERRIDES = {
     "train.steps=0": "train.steps=0: must be 1 or more (Optimizer steps of the whole run); "
@@ -77,8 +77,19 @@ WRONG_OVERRIDES = {
     "data.vocabulary_size=100": "data.vocabulary_size=100: must be 258 or more (Entries of a BPE "
     "vocabulary trained here, the end-of-text token included; others bring their own); the "
     "default is data.vocabulary_size=4096",
-    "optimizer.rule=adam": "optimizer.rule=adam: must be one of 'adamw' (Update rule: AdamW "
-    "(Loshchilov and Hutter 2019)); type optimizer.rule=adamw",
+    "optimizer.rule=adam": "optimizer.rule=adam: must be one of 'adamw' or 'sgd' (Update rule: "
+    "AdamW (Loshchilov and Hutter 2019), or SGD with momentum `beta1`, whose decay is part of the "
+    "gradient); type optimizer.rule=adamw",
+    "offload.strategy=auto": "offload.strategy=auto: must be one of 'none', 'host', 'stride' or "
+    "'optimal' (All state on the device, all on the host, every k-th subgroup staged, or as the "
+    "performance model says); type offload.strategy=none",
+    "offload.overlap=backward": "offload.overlap=backward: optimizer.clip=1.0 needs the norm of "
+    "all gradients, which is known after backward only; type offload.overlap=forward or "
+    "optimizer.clip=0",
+    "offload.stride=3": "offload.stride=3: offload.strategy=none does not use it; type "
+    "offload.strategy=stride, or leave it out",
+    "observe.trace_steps=5:5": "observe.trace_steps=5:5: holds no step; type first:last with "
+    "first at least 1 and last above it, such as observe.trace_steps=5:8",
     "optimizer.schedule=wds": "optimizer.schedule=wds: must be one of 'constant', 'cosine' or "
     "'wsd' (Learning rate over the steps: constant, cosine, or warm-up-stable-decay); type "
     "optimizer.schedule=wsd",

@@ -1,0 +1,145 @@
+"""Lanes: order, failures that reach everyone and hang nobody, threads of their own."""
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+from interlace.offload.lanes import CpuPool, Lane, LaneError, Lanes, Throttle, usable_cores
+from interlace.offload.memory import HostSlabs, available_host_bytes, local_ranks
+
+
+def test_work_waits_for_what_it_depends_on_across_lanes() -> None:
+    first, second = Lane("h2d"), Lane("cpu")
+    gate, done = threading.Event(), []
+    a = first.submit(lambda: void(gate.wait(5)) or done.append("a"), what="copy in")
+    b = second.submit(lambda: done.append("b"), what="update", after=(a,))
+    c = second.submit(lambda: done.append("c"), what="update")
+    c.wait()
+    assert done == ["c"]
+    gate.set()
+    b.wait()
+    assert done == ["c", "a", "b"]
+    assert a.start <= a.stop <= b.start <= b.stop
+    first.close()
+    second.close()
+
+
+def void(_: object) -> None:
+    return None
+
+
+def test_urgent_work_goes_first() -> None:
+    lane = Lane("device")
+    gate, done = threading.Event(), []
+    lane.submit(lambda: void(gate.wait(5)), what="update")
+    lane.submit(lambda: done.append("patient"), what="update")
+    lane.submit(lambda: done.append("urgent"), what="update", urgent=True)
+    gate.set()
+    lane.close()
+    assert done == ["urgent", "patient"]
+
+
+def test_a_failure_reaches_everything_that_depends_on_it_and_nothing_else() -> None:
+    lanes = Lanes(torch.device("cpu"), CpuPool(1))
+
+    def fail() -> None:
+        raise OSError("the link is down")
+
+    broken = lanes.h2d.submit(fail, what="copy in", subgroup=3)
+    update = lanes.compute.submit(lambda: None, what="update", subgroup=3, after=(broken,))
+    back = lanes.d2h.submit(lambda: None, what="copy out", subgroup=3, after=(update,))
+    other = lanes.h2d.submit(lambda: None, what="copy in", subgroup=4)
+    with pytest.raises(LaneError, match="copy out of subgroup 3 failed on lane d2h") as caught:
+        back.wait()
+    assert "the link is down" in str(caught.value)
+    other.wait()
+    lanes.close()
+
+
+def test_a_throttled_copy_takes_the_time_of_its_bytes() -> None:
+    lanes = Lanes(torch.device("cpu"), CpuPool(1), Throttle(h2d_bytes_per_second=1e6))
+    ticket = lanes.h2d.submit(lambda: None, what="copy in", bytes=50_000)
+    ticket.wait()
+    assert ticket.stop - ticket.start >= 0.05
+    free = lanes.d2h.submit(lambda: None, what="copy out", bytes=50_000)
+    free.wait()
+    assert free.stop - free.start < 0.05
+    lanes.close()
+
+
+def test_the_pool_covers_a_range_once_in_cache_line_steps() -> None:
+    pool = CpuPool(3)
+    for elements in (0, 1, 63, 64, 65, 1000, 12345):
+        seen: list[tuple[int, int]] = []
+        pool.over_range(elements, lambda a, b, seen=seen: seen.append((a, b)))
+        parts = sorted(seen)
+        assert all(a % 64 == 0 for a, _ in parts)
+        covered = [n for a, b in parts for n in (a, b)]
+        assert covered == sorted(covered)
+        assert sum(b - a for a, b in parts) == elements
+    pool.close()
+
+
+def test_the_pool_s_threads_are_its_own_whatever_a_launcher_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    pool = CpuPool()
+    assert pool.threads == len(usable_cores())
+    gate = threading.Barrier(pool.threads, timeout=10)
+    where: list[set[int]] = []
+
+    def note(_: int, __: int) -> None:
+        gate.wait()
+        where.append(set(os.sched_getaffinity(0)))
+
+    pool.over_range(64 * pool.threads, note)
+    # Every thread on a core of its own; the process itself stays free.
+    assert sorted(where, key=min) == [{core} for core in sorted(usable_cores())]
+    assert set(os.sched_getaffinity(0)) == usable_cores()
+    pool.close()
+
+
+def test_a_failing_share_is_raised() -> None:
+    pool = CpuPool(2)
+
+    def fail(start: int, _: int) -> None:
+        if start:
+            raise ArithmeticError("no")
+
+    with pytest.raises(ArithmeticError, match="no"):
+        pool.over_range(1000, fail)
+    pool.close()
+
+
+def test_slabs_have_exactly_their_size_and_start_at_zero() -> None:
+    pool = CpuPool(2)
+    slabs = HostSlabs(pool, pin=False)
+    before = available_host_bytes()
+    slab = slabs.empty(40_000_001, torch.float32)
+    assert slab.numel() == 40_000_001
+    assert slab.untyped_storage().nbytes() == 160_000_004
+    assert not bool(slab.any())
+    # Touched: the pages are there. A power of two would be 268 MB.
+    taken = before - available_host_bytes()
+    assert 120e6 < taken < 220e6
+    assert slabs.empty(0, torch.bfloat16).numel() == 0
+    pool.close()
+
+
+def test_ranks_of_a_host_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert local_ranks() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert local_ranks() == 4
+
+
+def test_closing_does_what_is_ready_first() -> None:
+    lane, done = Lane("cpu"), []
+    for number in range(20):
+        lane.submit(lambda number=number: void(time.sleep(0)) or done.append(number), what="update")
+    lane.close()
+    assert done == list(range(20))
