@@ -84,6 +84,8 @@ class Calibration:
             RATE_OF_LANE[lane]: getattr(rates, RATE_OF_LANE[lane]) / min(10.0, max(0.1, slowness))
             for lane, slowness in self.slowness.items()
         }
+        mean = sum(self.slowness.values()) / len(self.slowness)
+        changes["piece_overhead_seconds"] = rates.piece_overhead_seconds * mean
         # A CPU that updates faster than memory was thought to be proves memory faster.
         least = changes.get("cpu_update_bytes_per_second", 0.0) * rates.ranks_per_node
         changes["host_dram_bytes_per_second"] = max(rates.host_dram_bytes_per_second, least)

@@ -218,6 +218,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _take(self, parameter: torch.Tensor) -> None:
         """Take a gradient over; the hook that backward calls."""
+        self._raise_failure()
         subgroup, member = self._members[parameter]
         self._begin()
         self._norm = None
@@ -228,7 +229,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if self._begun:
             return
         self._begun = True
-        self._raise_failure()
         self.finish_report()
         if self.monitor.device_is_short():
             self.give_back(available_device_bytes(self._lanes.device) // 20)
@@ -312,6 +312,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 "OffloadedOptimizer.step takes no closure: updates overlap with backward and "
                 "forward, so the loss cannot be evaluated inside; call loss.backward() first"
             )
+        self._raise_failure()
         self._begin()
         factor = gradient_scale * self._clip_factor(gradient_scale)
         with self.monitor.waiting():

@@ -234,13 +234,18 @@ class SubgroupState:
         """Let the master follow the weights where these are not the master's rounded value.
 
         Weights that somebody else changed (a state dict that was loaded) are taken over; those that
-        were not keep their full precision.
+        were not keep their full precision. With a split master the weight is the high plane, so a
+        new weight is part of the master by itself; the remainder stays, which is less than half a
+        step of the weight.
         """
+        if self.splits and MASTER in self.slabs:
+            self.copy_weights_into(self.slabs[MASTER])
         for member in self.members:
-            master = self.master_of(member).reshape(-1)
-            weight = member.weight.to(master.device)
-            changed = rounded(master, weight.dtype, self.splits) != weight
-            self.keep_master(member, torch.where(changed, weight.to(master.dtype), master))
+            if not self.splits:
+                master = self.master_of(member).reshape(-1)
+                weight = member.weight.to(master.device)
+                changed = master.to(weight.dtype) != weight
+                self.keep_master(member, torch.where(changed, weight.to(master.dtype), master))
             member.version = version_of(member.parameter)
 
     @property

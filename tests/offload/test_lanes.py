@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
+from interlace.offload.hardware import resident_bytes
 from interlace.offload.lanes import CpuPool, Lane, LaneError, Lanes, Throttle, usable_cores
-from interlace.offload.memory import HostSlabs, available_host_bytes, local_ranks
+from interlace.offload.memory import HostSlabs, local_ranks
 
 
 def test_work_waits_for_what_it_depends_on_across_lanes() -> None:
@@ -118,13 +119,13 @@ def test_a_failing_share_is_raised() -> None:
 def test_slabs_have_exactly_their_size_and_start_at_zero() -> None:
     pool = CpuPool(2)
     slabs = HostSlabs(pool, pin=False)
-    before = available_host_bytes()
+    before = resident_bytes()
     slab = slabs.empty(40_000_001, torch.float32)
     assert slab.numel() == 40_000_001
     assert slab.untyped_storage().nbytes() == 160_000_004
     assert not bool(slab.any())
     # Touched: the pages are there. A power of two would be 268 MB.
-    taken = before - available_host_bytes()
+    taken = resident_bytes() - before
     assert 120e6 < taken < 220e6
     assert slabs.empty(0, torch.bfloat16).numel() == 0
     pool.close()

@@ -1,4 +1,4 @@
-"""`OffloadedOptimizer` as a torch optimizer: groups, schedulers, state dicts, mistakes, failures."""
+"""`OffloadedOptimizer` as a torch optimizer: groups, schedulers, state dicts, mistakes."""
 
 import copy
 import logging
@@ -162,7 +162,7 @@ def test_state_of_another_rule_or_shape_is_refused(
     twin(0.0).backward()
     sgd.step()
     before = weights(model)
-    with pytest.raises(ValueError, match="lacks 'exp_avg' .* comes from another update rule"):
+    with pytest.raises(ValueError, match=r"lacks 'exp_avg' .* comes from another update rule"):
         optimizer.load_state_dict(sgd.state_dict())
     other = torch.optim.AdamW(groups_of(twin, 2))
     with pytest.raises(ValueError, match=r"parameter groups of \[4, 4\] parameters, .* \[8\]"):
@@ -243,8 +243,13 @@ def test_weights_that_somebody_else_writes_are_taken_over(
     model(0.1).backward()
     optimizer.zero_grad()
     for p in model.parameters():
-        expected = torch.full_like(kept[p], 0.75) if any(p is q for q in changed) else kept[p]
-        assert torch.equal(optimizer.master(p), expected)
+        if not any(p is q for q in changed):
+            assert torch.equal(optimizer.master(p), kept[p])
+        elif split and dtype is torch.bfloat16:
+            # The high plane is new; the remainder is less than half a bfloat16 step.
+            assert float((optimizer.master(p) - 0.75).abs().max()) <= 0.75 * 2**-8
+        else:
+            assert torch.equal(optimizer.master(p), torch.full_like(kept[p], 0.75))
     optimizer.close()
 
 
@@ -257,7 +262,7 @@ def test_a_gradient_that_is_not_finite_stops_the_step_with_nothing_updated(
     before = weights(model)
     (model(0.1) + model.parts[4].weight[3] * torch.inf).backward()
     assert not torch.isfinite(torch.tensor(optimizer.gradient_norm()))
-    with pytest.raises(NonFiniteGradient, match="gradient of parameter 4 .* nothing was updated"):
+    with pytest.raises(NonFiniteGradient, match=r"gradient of parameter 4 .* nothing was updated"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
     optimizer.zero_grad()
