@@ -74,9 +74,7 @@ def groups_of(model: nn.Module, number: int) -> list[dict[str, object]]:
     ]
 
 
-def open_case(
-    case: Case, profile: HardwareProfile, recalibrate: bool = False
-) -> tuple[Toy, OffloadedOptimizer]:
+def open_case(case: Case, profile: HardwareProfile) -> tuple[Toy, OffloadedOptimizer]:
     """Return a toy and its optimizer."""
     model = Toy(case.dtype)
     optimizer = OffloadedOptimizer(
@@ -96,7 +94,6 @@ def open_case(
             stride=case.stride,
             stream_gradients=case.stream,
             cpu_threads=2,
-            recalibrate=recalibrate,
         ),
     )
     if case.homes:
