@@ -124,6 +124,21 @@ class HardwareProfile(BaseModel):
     """Copy and update rates; None until they are measured."""
 
 
+def with_active_ranks(profile: HardwareProfile, ranks: int) -> HardwareProfile:
+    """Return what a profile means when so many ranks of its node work: they share memory and cores,
+    and fewer ranks get more of both.
+    """
+    rates = profile.rates
+    if rates is None or ranks == rates.ranks_per_node:
+        return profile
+    node = rates.cpu_update_bytes_per_second * rates.ranks_per_node
+    # One rank alone does not keep more cores busy than half a node; memory bounds it as well.
+    share = min(node / ranks, 0.5 * node) if rates.ranks_per_node > 1 else node / ranks
+    changes = {"ranks_per_node": ranks, "cpu_update_bytes_per_second": share}
+    corrected = OffloadRates.model_validate(rates.model_dump() | changes)
+    return profile.model_copy(update={"rates": corrected})
+
+
 def known_machines() -> list[str]:
     """Return the names of the profiles that ship."""
     return sorted(path.stem for path in MACHINES.glob("*.json"))

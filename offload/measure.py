@@ -59,6 +59,7 @@ class Measurement:
         self.announce = announce
         self.trials = trials
         self.on_gpu = device.type == "cuda"
+        self.ranks = max(1, torch.cuda.device_count()) if self.on_gpu else 1
         self.host = HostSlabs(pool, pin=self.on_gpu)
         self.details: dict[str, dict[str, float]] = {}
 
@@ -81,12 +82,13 @@ class Measurement:
         overhead = self.hand_over()
         self.announce("copies of memory that is not pinned, casts on one thread")
         rates = OffloadRates(
-            ranks_per_node=max(1, torch.cuda.device_count()) if self.on_gpu else 1,
+            ranks_per_node=self.ranks,
             h2d_bytes_per_second=up,
             d2h_bytes_per_second=down,
             duplex_efficiency=duplex,
             pageable_bytes_per_second=self.pageable(),
-            cpu_update_bytes_per_second=cpu,
+            # Measured with all cores, which the ranks of the node share.
+            cpu_update_bytes_per_second=cpu / self.ranks,
             piece_overhead_seconds=overhead,
             cpu_cast_elements_per_second=self.cast(),
             device_update_bytes_per_second=on_device,

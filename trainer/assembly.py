@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from interlace.offload.hardware import HardwareProfile, profile_hardware
+from interlace.offload.hardware import HardwareProfile, profile_hardware, with_active_ranks
 from interlace.offload.measure import known_profile
 from interlace.offload.memory import local_ranks
 from interlace.offload.report import UpdateReport
@@ -142,6 +142,7 @@ def hardware_for(config: RunConfig, world: World, dtype: torch.dtype) -> Hardwar
     if config.offload.strategy == "none":
         return hardware
     known = world.on_main(lambda: known_profile(world.device, print))
+    known = with_active_ranks(known, local_ranks())
     return hardware.model_copy(update={"rates": known.rates, "name": known.name})
 
 

@@ -166,7 +166,7 @@ def budget_of(config: RunConfig, facts: Circumstances) -> MemoryBudget:
 def overlap_of(config: RunConfig) -> Overlap:
     """Return what updates run beside: as asked, else as much as stays exact."""
     offload = config.offload
-    if offload.overlap is not None:
+    if offload.overlap != "auto":
         return offload.overlap
     if offload.strategy == "none":
         return "none"

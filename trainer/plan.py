@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from interlace.offload.hardware import HardwareProfile
+from interlace.offload.hardware import HardwareProfile, with_active_ranks
 from interlace.offload.schedule import Schedule
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
@@ -199,7 +199,8 @@ def circumstances(
     """Return what the placement of optimizer state depends on."""
     from interlace.trainer.parallel import compute_dtype_of
 
-    hardware, vocabulary = setting.hardware, setting.vocabulary_size
+    hardware = with_active_ranks(setting.hardware, setting.ranks_per_host)
+    vocabulary = setting.vocabulary_size
     dtype = compute_dtype_of(config.train, setting.device_type)
     flops = flops_per_token(config.model, vocabulary, config.data.sequence_length)
     share = hardware.rates.attainable_flops_share if hardware.rates else USUAL_FLOPS_SHARE

@@ -1,64 +1,16 @@
 """Any number of ranks reads what any other number wrote, and goes on with the same losses."""
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from digests import live_digest, stored_digest
 
 from interlace.trainer.checkpoint.commit import CheckpointStore
 from interlace.trainer.checkpoint.state import open_checkpoint
-
-LIVE_DIGEST = """
-import hashlib, sys
-from torch.distributed.tensor import DTensor
-from interlace.trainer.assembly import assemble
-from interlace.trainer.config import load_recipe
-from interlace.trainer.world import process_group
-with process_group() as world:
-    config = load_recipe(sys.argv[1], [f"run.dir={sys.argv[2]}"]).config
-    parts, progress, _ = assemble(config, world)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(parts.state.tensors().items()):
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        whole = whole.detach()
-        digest.update(f"{name} {whole.dtype} {list(whole.shape)}".encode())
-        digest.update(whole.contiguous().numpy().tobytes())
-    if world.is_main:
-        print("DIGEST", progress.step, digest.hexdigest())
-"""
-
-
-def stored_digest(run: Path, step: int) -> str:
-    """Digest of all full tensors of a checkpoint, read from its files."""
-    reader = open_checkpoint(CheckpointStore(run / "checkpoints"), step).reader
-    digest = hashlib.sha256()
-    for name in sorted(reader.index):
-        whole = reader.read_whole(name)
-        digest.update(f"{name} {whole.dtype} {list(whole.shape)}".encode())
-        digest.update(whole.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def live_digest(run: Path, ranks: int, tmp_path: Path) -> tuple[int, str]:
-    """Digest of model and optimizer right after loading on so many ranks."""
-    script = tmp_path / "digest.py"
-    script.write_text(LIVE_DIGEST, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), str(script), str(run / "config.toml"), str(run)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
-    )
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("DIGEST")] or [""]
-    assert line, done.stdout + done.stderr
-    return int(line.split()[1]), line.split()[2]
 
 
 def loss_values(run: Path) -> torch.Tensor:

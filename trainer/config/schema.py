@@ -224,9 +224,9 @@ class OffloadSection(Section):
     model says.
     """
 
-    overlap: Literal["none", "forward", "backward"] | None = None
-    """What updates run beside; unset means backward without clipping, else the next forward, and
-    none where all state is on the device.
+    overlap: Literal["auto", "none", "forward", "backward"] = "auto"
+    """What updates run beside; auto: backward without clipping, else the next forward, and none
+    where all state is on the device.
     """
 
     stride: PositiveInt | None = None

@@ -1,0 +1,209 @@
+"""Whole runs: offloading changes where state is, never a number, on one rank and on several."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from digests import live_digest, stored_digest
+
+from interlace.trainer.checkpoint.commit import CheckpointStore
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("offload.subgroup_elements=3000", "offload.device_budget_gib=0.00012")
+"""Many subgroups, and room on the device for some of them."""
+
+WAYS = {
+    "host": ("offload.strategy=host",),
+    "stride": ("offload.strategy=stride", "offload.stride=3", "offload.device_budget_gib=1"),
+    "optimal": ("offload.strategy=optimal", *SMALL),
+    "optimal, overlap none": ("offload.strategy=optimal", "offload.overlap=none", *SMALL),
+}
+
+Interlace = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def resident(
+    interlace: Interlace, tiny: Sequence[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Train with all state on the device, once per number of ranks and settings."""
+    folder, runs = tmp_path_factory.mktemp("resident"), {}
+
+    def train(ranks: int, *settings: str) -> Path:
+        key = (ranks, *settings)
+        if key not in runs:
+            runs[key] = folder / str(len(runs))
+            done = interlace("train", *tiny, *settings, f"run.dir={runs[key]}", ranks=ranks)
+            assert done.returncode == 0, done.stdout + done.stderr
+        return runs[key]
+
+    return train
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("settings", [(), ("optimizer.clip=0",)], ids=["clipped", "unclipped"])
+def test_on_two_ranks_every_strategy_has_the_losses_of_the_resident_run(
+    way: str,
+    settings: tuple[str, ...],
+    resident: Callable[..., Path],
+    interlace: Interlace,
+    tiny: Sequence[str],
+    losses_of: Callable[[Path], list[str]],
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    words = ("offload.subgroup_elements=3000", *WAYS[way], *settings)
+    done = interlace("train", *tiny, *words, f"run.dir={run}", ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses_of(run) == losses_of(resident(2, *settings))
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))["offload"]
+    chosen = "backward" if settings else "forward"
+    expected = "none" if way.endswith("overlap none") else chosen
+    assert plan["overlap"] == expected
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        (),
+        ("offload.split_master=true",),
+        ("offload.moments=bfloat16",),
+        ("train.microbatch_rows=1",),
+        ("optimizer.rule=sgd", "optimizer.peak_lr=0.01"),
+    ],
+    ids=["plain", "split", "bf16 moments", "accumulated", "sgd"],
+)
+def test_bf16_weights_with_every_form_of_state(
+    form: tuple[str, ...],
+    resident: Callable[..., Path],
+    interlace: Interlace,
+    tiny: Sequence[str],
+    losses_of: Callable[[Path], list[str]],
+    tmp_path: Path,
+) -> None:
+    settings = ("train.compute_dtype=bfloat16", "train.steps=15", *form)
+    run = tmp_path / "run"
+    words = (*WAYS["optimal"], *settings)
+    done = interlace("train", *tiny, *words, f"run.dir={run}", ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses_of(run) == losses_of(resident(2, *settings))
+
+
+def test_a_checkpoint_goes_on_under_another_strategy_and_another_number_of_ranks(
+    interlace: Interlace,
+    tiny: Sequence[str],
+    resident: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    stop = {"INTERLACE_FAILPOINT": "step.update@15:sigterm"}
+    words = (*tiny, f"run.dir={run}", "train.compute_dtype=bfloat16")
+    done = interlace("train", *words, *WAYS["optimal"], ranks=2, environment=stop)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stopped = CheckpointStore(run / "checkpoints").committed_steps()[-1]
+    assert 15 <= stopped < 40
+    for ranks, way in ((1, "host"), (2, "stride"), (1, "optimal")):
+        step, digest = live_digest(run, ranks, tmp_path, *WAYS[way])
+        assert step == stopped
+        assert digest == stored_digest(run, stopped), (ranks, way)
+    done = interlace("train", *words, "offload.strategy=host", ranks=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    straight = resident(1, "train.compute_dtype=bfloat16")
+    last, expected = (
+        json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        for folder in (run, straight)
+    )
+    # Two ranks sum gradients in another order than one.
+    assert last["val_loss"] == pytest.approx(expected["val_loss"], abs=2e-2)
+
+
+def test_a_kill_during_an_overlapped_update_loses_nothing(
+    interlace: Interlace,
+    tiny: Sequence[str],
+    resident: Callable[..., Path],
+    losses_of: Callable[[Path], list[str]],
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    words = (*tiny, *WAYS["optimal"], f"run.dir={run}")
+    for point in ("step.forward@7", "step.backward@9", "step.update@8"):
+        done = interlace("train", *words, environment={"INTERLACE_FAILPOINT": point})
+        assert done.returncode == -9
+    assert interlace("train", *words).returncode == 0
+    assert losses_of(run) == losses_of(resident(1))
+
+
+def test_a_traced_run_leaves_a_trace_a_picture_and_words(
+    interlace: Interlace, tiny: Sequence[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (*WAYS["optimal"], "observe.trace_steps=6:9", "train.steps=12", f"run.dir={run}")
+    done = interlace("train", *tiny, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("update ")]
+    assert [line.split(":")[0] for line in said] == ["update 6", "update 7", "update 8"]
+    assert all("predicted" in line and "measured" in line and "bound by" in line for line in said)
+    trace = json.loads((run / "timeline.json").read_text(encoding="utf-8"))["traceEvents"]
+    names = {record["args"]["name"] for record in trace if record["name"] == "process_name"}
+    assert names == {"predicted", *(f"update {n}, measured" for n in (6, 7, 8))}
+    assert (run / "timeline.png").stat().st_size > 10_000
+    record = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert record["exposed_update_seconds"] > 0
+    assert record["update_seconds"] > 0
+
+
+DDP = """
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from interlace.kernels.update import AdamW
+from interlace.offload import OffloadedOptimizer, OffloadOptions
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+results = []
+for kind in ("torch", "host", "stride"):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    wrapped = DistributedDataParallel(model)
+    if kind == "torch":
+        optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.01, weight_decay=0.1)
+    else:
+        options = OffloadOptions(subgroup_elements=20, stride=2)
+        rule = AdamW(lr=0.01, weight_decay=0.1)
+        optimizer = OffloadedOptimizer(
+            wrapped.parameters(), rule, strategy=kind, clip_norm=None, options=options
+        )
+    for step in range(6):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        optimizer.zero_grad()
+        wrapped(torch.randn(4, 8, generator=generator)).square().mean().backward()
+        optimizer.step()
+    results.append(torch.cat([p.detach().view(-1) for p in model.parameters()]))
+for other in results[1:]:
+    torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-7)
+both = [torch.zeros_like(results[1]) for _ in range(2)]
+dist.all_gather(both, results[1])
+assert torch.equal(*both)
+assert torch.equal(results[1], results[2])
+print("RANK", rank, "AGREES")
+"""
+
+
+def test_ddp_averages_its_gradients_before_they_are_used(tmp_path: Path) -> None:
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.stdout.count("AGREES") == 2, done.stdout + done.stderr
