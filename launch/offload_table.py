@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from interlace.offload.hardware import with_active_ranks
 from interlace.offload.simulator import simulate
 from interlace.offload.timeline import Timeline, draw_gantt
 from interlace.trainer.config import RunConfig
@@ -91,9 +92,10 @@ def draw_plan(config: RunConfig, setting: Setting, path: Path) -> None:
     """
     if path.suffix not in {".png", ".svg", ".pdf"}:
         raise ConfigError([f"--timeline {path}: give a file that ends in .png, .svg or .pdf"])
+    machine = with_active_ranks(setting.hardware, setting.ranks_per_host)
     timelines: dict[str, Timeline] = {}
     for strategy, schedule in update_schedules(config, setting).items():
-        timelines[f"{strategy} (predicted)"] = simulate(schedule, setting.hardware)
+        timelines[f"{strategy} (predicted)"] = simulate(schedule, machine)
     if not timelines:
         raise ConfigError([f"--timeline {path}: no strategy fits the memory"])
     draw_gantt(timelines, path)

@@ -275,10 +275,12 @@ def usable_cores() -> set[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Throttle:
-    """Copy rates of a simulated device, in bytes per second; None leaves a direction as it is."""
+    """Rates of a simulated machine, in bytes per second; None leaves a lane as fast as it is."""
 
     h2d_bytes_per_second: float | None = None
     d2h_bytes_per_second: float | None = None
+    cpu_bytes_per_second: float | None = None
+    device_bytes_per_second: float | None = None
 
 
 class Lanes:
@@ -295,7 +297,8 @@ class Lanes:
     ) -> None:
         self.device = device
         self.pool = pool
-        self.cpu = Lane("cpu")
+        rates = throttle or Throttle()
+        self.cpu = Lane("cpu", rates.cpu_bytes_per_second)
         if device.type == "cuda":
             if throttle is not None:
                 raise ValueError("a throttle simulates a device; here is a real one")
@@ -303,10 +306,9 @@ class Lanes:
             self.d2h: Lane = StreamLane("d2h", device)
             self.compute: Lane = StreamLane("device", device)
         else:
-            rates = throttle or Throttle()
             self.h2d = Lane("h2d", rates.h2d_bytes_per_second)
             self.d2h = Lane("d2h", rates.d2h_bytes_per_second)
-            self.compute = Lane("device")
+            self.compute = Lane("device", rates.device_bytes_per_second)
 
     def current_work(self) -> Ticket:
         """Return a ticket for everything issued so far on the caller's CUDA stream."""

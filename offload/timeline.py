@@ -120,7 +120,7 @@ def draw_gantt(timelines: Mapping[str, Timeline], path: Path) -> None:
     longest = max((t.makespan for t in timelines.values()), default=0.0)
     unit, factor = ("s", 1.0) if longest >= 1.0 else ("ms", 1e3)
     for chart, (name, timeline) in zip(charts, timelines.items(), strict=True):
-        draw_lanes(chart, timeline, factor)
+        draw_lanes(chart, timeline, factor, longest)
         chart.set_title(f"{name}: {timeline.makespan * factor:.3g} {unit}", loc="left", fontsize=10)
     charts[-1].set_xlabel(f"time ({unit})")
     shown = {event.what for t in timelines.values() for event in t.events}
@@ -130,7 +130,7 @@ def draw_gantt(timelines: Mapping[str, Timeline], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def draw_lanes(chart: object, timeline: Timeline, factor: float) -> None:
+def draw_lanes(chart: object, timeline: Timeline, factor: float, longest: float) -> None:
     """Draw one timeline: a row per lane, a bar per event, numbers of subgroups where they fit."""
     from matplotlib.axes import Axes
 
@@ -144,7 +144,7 @@ def draw_lanes(chart: object, timeline: Timeline, factor: float) -> None:
             bars, (row - 0.4, 0.8), facecolors=colours, edgecolor="white", linewidth=0.4
         )
         for (start, length), event in zip(bars, events, strict=True):
-            if length > 0.018 * timeline.makespan * factor:
+            if length > 0.02 * longest * factor:
                 middle = start + length / 2
                 chart.text(middle, row, str(event.subgroup), ha="center", va="center", fontsize=7)
     chart.set_yticks(range(len(LANES)), [LANE_TITLES[lane] for lane in LANES])
