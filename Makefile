@@ -21,9 +21,13 @@ types: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/versus_bare_loop.py
+	$(BIN)/python benchmarks/cpu_update.py
+	$(BIN)/python benchmarks/offload.py
 
 gpu: $(VENV)/installed-dev
 	$(BIN)/pytest -m gpu
+	$(BIN)/python benchmarks/offload.py --save
+	$(BIN)/python benchmarks/cpu_update.py
 	$(BIN)/python benchmarks/versus_bare_loop.py
 
 $(VENV)/installed: pyproject.toml

@@ -20,7 +20,9 @@ def blocks(language: str, *texts: str) -> list[str]:
     return [block for blocks in found for block in blocks]
 
 
-COMMANDS = [line for block in blocks("bash", README, *GUIDES) for line in block.splitlines() if line.strip()]
+COMMANDS = [
+    line for block in blocks("bash", README, *GUIDES) for line in block.splitlines() if line.strip()
+]
 
 
 @pytest.fixture(scope="module")

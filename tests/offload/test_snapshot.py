@@ -1,0 +1,63 @@
+"""A checkpoint that is taken while an update goes on holds one step, whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from interlace.kernels.update import SGD
+from interlace.offload.hardware import HardwareProfile
+from interlace.offload.optimizer import OffloadedOptimizer
+from interlace.offload.options import OffloadOptions
+from interlace.offload.schedule import Home, MemoryBudget
+from interlace.trainer.checkpoint.state import TrainingState
+from interlace.trainer.checkpoint.tensors import TensorReader, write_tensors
+from interlace.trainer.world import World
+
+PARTS, ELEMENTS = 16, 6_000_000
+"""96M bfloat16 weights: masters and momentum are 768 MB, the stored checkpoint likewise."""
+
+
+@pytest.fixture
+def training(profile: HardwareProfile) -> tuple[torch.nn.ParameterList, OffloadedOptimizer]:
+    """Weights and an optimizer that updates them beside the next forward, in every home."""
+    model = torch.nn.ParameterList(
+        torch.nn.Parameter(torch.zeros(ELEMENTS, dtype=torch.bfloat16)) for _ in range(PARTS)
+    )
+    optimizer = OffloadedOptimizer(
+        model.parameters(),
+        SGD(lr=1.0, momentum=1.0),
+        strategy="host",
+        overlap="forward",
+        budget=MemoryBudget(10**10, 10**10),
+        profile=profile,
+        model=model,
+        options=OffloadOptions(subgroup_elements=ELEMENTS),
+    )
+    optimizer.rehome([list(Home)[number % 3] for number in range(PARTS)])
+    return model, optimizer
+
+
+def test_a_gigabyte_saved_during_an_update_is_never_torn(
+    training: tuple[torch.nn.ParameterList, OffloadedOptimizer], tmp_path: Path
+) -> None:
+    model, optimizer = training
+    state = TrainingState(model, optimizer, World())
+    ones = torch.ones(ELEMENTS, dtype=torch.bfloat16)
+    for step in range(1, 4):
+        for weight in model:
+            weight.grad = ones.clone()
+        optimizer.step()
+        # The update has just been launched, and the save begins at once.
+        path = tmp_path / f"step-{step}.safetensors"
+        _, index = write_tensors(path, state.tensors(), 0)
+        reader = TensorReader(index, {path.name: path})
+        # Momentum 1 and gradients of 1: the buffer counts steps, the master sums the counts.
+        for name in index:
+            stored = reader.read_whole(name)
+            expected = float(step)
+            if name.startswith("model."):
+                expected = -step * (step + 1) / 2
+            assert bool((stored == expected).all()), (step, name)
+        path.unlink()
+    optimizer.close()
