@@ -124,8 +124,8 @@ def test_a_plan_for_ranks_that_do_not_fit_is_refused(capsys: pytest.CaptureFixtu
         ),
         (
             ["train"],
-            "interlace: train needs a recipe (bpe, fault-drill, gpt-124m, quickstart, or a TOML "
-            "file) "
+            "interlace: train needs a recipe (bpe, fault-drill, gpt-124m, gpt_1b_offload, "
+            "gpt_20b_offload, gpt_7b_offload, quickstart, quickstart_offload, or a TOML file) "
             "or --resume RUN\n",
         ),
         (
@@ -157,6 +157,64 @@ def test_a_mistake_is_one_message_and_status_two(
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     assert capsys.readouterr().err == message
+
+
+def test_a_plan_for_another_machine_compares_strategies_and_sizes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    picture = tmp_path / "lanes.png"
+    words = ["plan", "gpt_7b_offload", "--hardware", "4xh100-pcie5", "--sweep", "gpus=1..8"]
+    assert main([*words, "--timeline", str(picture), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    found = {forecast["strategy"]: forecast for forecast in plan["offload"]["forecasts"]}
+    assert list(found) == ["none", "host", "stride", "optimal"]
+    assert "offload.device_budget_gib" in found["none"]["problem"]
+    assert found["optimal"]["update_seconds"] < found["stride"]["update_seconds"]
+    assert found["optimal"]["update_seconds"] < found["host"]["update_seconds"]
+    assert plan["memory"]["host_optimizer_state"] == found["optimal"]["host_bytes"] > 2**33
+    assert [row["gpus"] for row in plan["scaling"]] == [1, 2, 4, 8]
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--hardware", "4xh100"],
+            "interlace: --hardware 4xh100: is neither a known machine (4xa100-pcie4, 4xh100-pcie5, "
+            "gh200, h200) nor a JSON file that `interlace profile` wrote; did you mean "
+            "4xh100-pcie5?\n",
+        ),
+        (
+            ["--hardware", "h200", "--sweep", "gpus=8"],
+            "interlace: --sweep gpus=8: give a range of GPUs, such as --sweep gpus=1..1024\n",
+        ),
+        (
+            ["--hardware", "h200", "--timeline", "lanes.bmp"],
+            "interlace: --timeline lanes.bmp: give a file that ends in .png, .svg or .pdf\n",
+        ),
+    ],
+)
+def test_a_wrong_plan_is_one_message(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "quickstart", *words]) == 2
+    assert capsys.readouterr().err == message
+
+
+def test_a_machine_is_measured_kept_and_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["profile", "--json", "--output", str(tmp_path / "mine.json")]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["rates"]["cpu_update_bytes_per_second"] > 1e9
+    assert measured["rates"]["h2d_bytes_per_second"] > 1e9
+    assert 0.5 < measured["rates"]["duplex_efficiency"] <= 1.0
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
+    assert main(["profile", "--show", str(tmp_path / "mine.json")]) == 0
+    assert "host update bytes/s by threads" in capsys.readouterr().out
+    assert main(["plan", "quickstart", "--hardware", str(tmp_path / "mine.json")]) == 0
 
 
 def test_a_folder_of_something_else_is_not_overwritten(
