@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -225,24 +226,31 @@ class CpuPool:
     """Threads of our own for updates on the host, bound to cores.
 
     Launchers set `OMP_NUM_THREADS=1` for every rank and libraries obey; these threads do not ask
-    it. Each is bound to one core of the set the process may use, or of `cores`.
+    it.
 
     Args:
-        threads: Number of threads; None means one for every core of the set.
-        cores: Cores to use, such as those of the GPU's NUMA node; None means all that the process
-            may use.
+        threads: Number of threads; None means one for every core of the rank's share.
+        cores: Cores to bind them to, one each; None means the rank's share of the machine.
+        device: The device whose NUMA node is near.
     """
 
-    def __init__(self, threads: int | None = None, cores: Collection[int] | None = None) -> None:
-        allowed = sorted(cores if cores is not None else usable_cores())
-        self.threads = threads or len(allowed)
-        self.cores = [allowed[number % len(allowed)] for number in range(self.threads)]
-        self._unbound = deque(self.cores)
+    def __init__(
+        self,
+        threads: int | None = None,
+        cores: Collection[int] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        share = CoreShare(tuple(sorted(cores)), 1) if cores is not None else core_share(device)
+        self.threads = threads or max(1, len(share.cores) // share.ranks)
+        self._homes = deque(
+            {share.cores[number % len(share.cores)]} if share.ranks == 1 else set(share.cores)
+            for number in range(self.threads)
+        )
         self._pool = ThreadPoolExecutor(self.threads, "cpu-update", initializer=self._bind)
 
     def _bind(self) -> None:
         if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {self._unbound.popleft()})
+            os.sched_setaffinity(0, self._homes.popleft())
 
     def over_range(self, elements: int, work: Callable[[int, int], None]) -> None:
         """Call `work(start, stop)` on every thread's share of `range(elements)` and wait.
@@ -264,6 +272,66 @@ class CpuPool:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
+
+
+@dataclass(frozen=True)
+class CoreShare:
+    """Cores for one rank's updates.
+
+    Attributes:
+        cores: Their numbers.
+        ranks: Ranks that use the same cores; 1 means that they are this rank's own.
+    """
+
+    cores: tuple[int, ...]
+    ranks: int
+
+
+def core_share(device: torch.device | None) -> CoreShare:
+    """Return this rank's cores: those near its GPU, divided among the ranks of the host.
+
+    Where somebody has restricted the process already (a launcher that binds ranks, a container)
+    nobody knows whether other ranks have the same cores: then they count as shared, and the
+    operating system places the threads.
+    """
+    ranks, rank = local_ranks(), int(os.environ.get("LOCAL_RANK", "0"))
+    usable = usable_cores()
+    if ranks == 1:
+        return CoreShare(tuple(sorted(near(device, usable))), 1)
+    if len(usable) < (os.cpu_count() or 1) or len(usable) < ranks:
+        return CoreShare(tuple(sorted(usable)), ranks)
+    # Two ranks never get one core: the machine is divided, and a rank prefers what lies near its
+    # GPU only where launchers bind it there.
+    whole, size = sorted(usable), len(usable) // ranks
+    return CoreShare(tuple(whole[rank * size : (rank + 1) * size]), 1)
+
+
+def near(device: torch.device | None, usable: set[int]) -> set[int]:
+    """Return the usable cores of a GPU's NUMA node; all where there is none."""
+    if device is None or device.type != "cuda":
+        return usable
+    facts = torch.cuda.get_device_properties(device)
+    place = f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0"
+    try:
+        text = Path(f"/sys/bus/pci/devices/{place}/local_cpulist").read_text(encoding="ascii")
+    except OSError:
+        return usable
+    return (usable & parse_core_list(text)) or usable
+
+
+def parse_core_list(text: str) -> set[int]:
+    """Read the kernel's form of a set of cores: `0-3,8,10-11`."""
+    cores: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first:
+            cores |= set(range(int(first), int(last or first) + 1))
+    return cores
+
+
+def local_ranks() -> int:
+    """Return how many ranks share this host, from the launcher's environment."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def usable_cores() -> set[int]:

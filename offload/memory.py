@@ -7,7 +7,6 @@ pages lie on their NUMA node), and then registered with CUDA.
 """
 
 import mmap
-import os
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +53,6 @@ def available_device_bytes(device: torch.device) -> int:
     return free + reserved
 
 
-def local_ranks() -> int:
-    """Return how many ranks share this host's memory, from the launcher's environment."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 class HostSlabs:
     """Hands out host memory for state, and takes it back.
 
@@ -87,9 +81,14 @@ class HostSlabs:
             register(slab)
         return slab
 
+    def release(self, slab: torch.Tensor) -> None:
+        """Unpin a slab that is about to be dropped; memory that is not ours is left alone."""
+        if self.pin and slab.device.type == "cpu" and slab.numel():
+            runtime().cudaHostUnregister(slab.data_ptr())
+
 
 def register(slab: torch.Tensor) -> None:
-    """Pin a slab for CUDA copies until the process ends or `unregister` is called.
+    """Pin a slab for CUDA copies until `HostSlabs.release`.
 
     Raises:
         MemoryShortage: The system refuses to pin so much.
@@ -101,11 +100,6 @@ def register(slab: torch.Tensor) -> None:
             f"the system refuses to pin {size:,} bytes of host memory (CUDA status {status}); "
             "raise the limit (`ulimit -l unlimited`) or lower offload.host_budget_gib"
         )
-
-
-def unregister(slab: torch.Tensor) -> None:
-    """Undo `register`."""
-    runtime().cudaHostUnregister(slab.data_ptr())
 
 
 def runtime() -> Any:

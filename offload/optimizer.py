@@ -121,7 +121,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if isinstance(first, tuple):
             first = first[1]
         device = local(first).device if isinstance(first, torch.Tensor) else torch.device("cpu")
-        pool = CpuPool(self.options.cpu_threads, self.options.cpu_cores)
+        pool = CpuPool(self.options.cpu_threads, self.options.cpu_cores, device)
         return Lanes(device, pool, self.options.throttle)
 
     # ---- parameter groups -------------------------------------------------------------------

@@ -37,8 +37,8 @@ class OffloadOptions:
             for plain parameters in a run of several processes: they may be DDP's, whose gradients
             are not averaged yet when backward hands them over.
         hidden_window: Compute beside which the update may run, for the performance model.
-        cpu_threads: Threads that update on the host; None means one per usable core.
-        cpu_cores: Cores to bind them to; None means those of the GPU's NUMA node, or all.
+        cpu_threads: Threads that update on the host; None means one per core of the rank's share.
+        cpu_cores: Cores to bind them to; None means this rank's share of those near its GPU.
         recalibrate: Measure every step and choose homes anew when the prediction is off.
         throttle: Without a GPU: rates of simulated copies.
     """

@@ -8,12 +8,12 @@ import torch
 from interlace.offload.calibration import WORTHWHILE
 from interlace.offload.fit import check_memory, memory_needs
 from interlace.offload.hardware import HardwareProfile
+from interlace.offload.lanes import local_ranks
 from interlace.offload.measure import known_profile
 from interlace.offload.memory import (
     HOST_SHARE,
     available_device_bytes,
     available_host_bytes,
-    local_ranks,
 )
 from interlace.offload.options import OffloadOptions, Strategy
 from interlace.offload.performance_model import fixed_homes, predict_homes, solve

@@ -210,6 +210,13 @@ class SubgroupState:
                 self.copy_weights_into(moved[name])
         gradient = self.allocate(self.gradient_dtype, on_device=home is not Home.HOST)
         gradient.copy_(self.gradient)
+        kept = {id(slab) for slab in moved.values()}
+        dropped = [*self.slabs.values(), self.gradient]
+        if self.upload is not None and self.upload is not self.slabs.get(MASTER):
+            dropped.append(self.upload)
+        for slab in dropped:
+            if id(slab) not in kept:
+                self.host.release(slab)
         self.home, self.slabs, self.gradient = home, moved, gradient
         self.make_upload()
 
@@ -224,6 +231,7 @@ class SubgroupState:
         narrow = self.gradient
         self.gradient = self.allocate(wide, on_device=self.home is not Home.HOST)
         self.gradient.copy_(narrow)
+        self.host.release(narrow)
 
     def copy_weights_into(self, slab: torch.Tensor) -> None:
         """Copy the model's weights into a slab."""

@@ -12,8 +12,6 @@ from torch import nn
 
 from interlace.kernels.update import SGD, AdamW, UpdateRule
 from interlace.offload.hardware import HardwareProfile
-from interlace.offload.lanes import usable_cores
-from interlace.offload.memory import local_ranks
 from interlace.offload.optimizer import OffloadedOptimizer
 from interlace.offload.options import OffloadOptions
 from interlace.offload.schedule import MemoryBudget, MemoryShortage
@@ -52,7 +50,7 @@ def build_optimizer(
                 split_master=offload.split_master,
                 accumulation_steps=plan.accumulation,
                 hidden_window=placement.hidden_window,
-                cpu_threads=offload.cpu_threads or max(1, len(usable_cores()) // local_ranks()),
+                cpu_threads=offload.cpu_threads,
                 recalibrate=offload.recalibrate and offload.strategy == "optimal",
             ),
         )

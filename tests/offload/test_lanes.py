@@ -8,8 +8,18 @@ import pytest
 import torch
 
 from interlace.offload.hardware import resident_bytes
-from interlace.offload.lanes import CpuPool, Lane, LaneError, Lanes, Throttle, usable_cores
-from interlace.offload.memory import HostSlabs, local_ranks
+from interlace.offload.lanes import (
+    CpuPool,
+    Lane,
+    LaneError,
+    Lanes,
+    Throttle,
+    core_share,
+    local_ranks,
+    parse_core_list,
+    usable_cores,
+)
+from interlace.offload.memory import HostSlabs
 
 
 def test_work_waits_for_what_it_depends_on_across_lanes() -> None:
@@ -136,6 +146,30 @@ def test_ranks_of_a_host_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch)
     assert local_ranks() == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert local_ranks() == 4
+
+
+def test_ranks_of_a_host_divide_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("interlace.offload.lanes.usable_cores", lambda: set(range(8)))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    shares = []
+    for rank in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        shares.append(core_share(None))
+    assert [share.cores for share in shares] == [(0, 1), (2, 3), (4, 5)]
+    assert {share.ranks for share in shares} == {1}
+    # A container or a launcher restricted the process: other ranks may have the same cores.
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert core_share(None).cores == tuple(range(8))
+    assert core_share(None).ranks == 3
+    pool = CpuPool()
+    assert pool.threads == 2
+    pool.close()
+
+
+def test_a_list_of_cores_is_read_as_the_kernel_writes_it() -> None:
+    assert parse_core_list("0-3,8,10-11\n") == {0, 1, 2, 3, 8, 10, 11}
+    assert parse_core_list("") == set()
 
 
 def test_closing_does_what_is_ready_first() -> None:
