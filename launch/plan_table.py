@@ -15,14 +15,9 @@ from interlace.trainer.data.prepare import find_prepared
 from interlace.trainer.data.tokenizers import load_tokenizer
 from interlace.trainer.errors import DataError
 from interlace.trainer.observe.units import human_bytes, human_count
-from interlace.trainer.plan import Plan, Setting, resolve
+from interlace.trainer.plan import Plan, Setting
 
 Row = tuple[str, str]
-
-
-def make_plan(config: RunConfig, ranks: int, hardware: HardwareProfile | None = None) -> Plan:
-    """Resolve a recipe for this machine or another."""
-    return resolve(config, make_setting(config, ranks, hardware or this_machine()))
 
 
 def this_machine() -> HardwareProfile:

@@ -55,11 +55,6 @@ class Ticket:
     _followers: list[Callable[[], None]] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    @property
-    def settled(self) -> bool:
-        """Whether the work is done or has failed; on a CUDA stream, whether it was issued."""
-        return self._settled
-
     def settle(self, error: BaseException | None = None) -> None:
         """Mark the work as done, or failed, and wake who depends on it."""
         with self._changed:

@@ -69,11 +69,6 @@ class Timeline:
             lane: sum(e.stop - e.start for e in self.events if e.lane == lane) for lane in LANES
         }
 
-    @cached_property
-    def moved_bytes(self) -> dict[str, int]:
-        """Bytes of each lane."""
-        return {lane: sum(e.bytes for e in self.events if e.lane == lane) for lane in LANES}
-
 
 def write_chrome_trace(steps: Mapping[str, Timeline], path: Path) -> None:
     """Write timelines as one trace, each as a process with a row per lane; times in microseconds.

@@ -100,8 +100,10 @@ def test_a_bare_import_is_refused_with_the_name_to_use(layer: str) -> None:
         ("import interlace.trainer.checkpoint.commit", "torch numpy"),
         (
             "from interlace.trainer.config import load_recipe\n"
-            "from interlace.launch.plan_table import make_plan\n"
-            "make_plan(load_recipe('quickstart').config, 1)",
+            "from interlace.launch.plan_table import make_setting, this_machine\n"
+            "from interlace.trainer.plan import resolve\n"
+            "config = load_recipe('quickstart').config\n"
+            "resolve(config, make_setting(config, 1, this_machine()))",
             "ray deepspeed datasets matplotlib tensorboard",
         ),
     ],

@@ -3,6 +3,7 @@
 import copy
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -315,7 +316,7 @@ def test_the_next_forward_waits_for_each_layer_s_own_weights(
 
     def hold_back(self: executor_module.Executor, work: executor_module.Work) -> None:
         if work.subgroup.index == 4:
-            gate.wait(10)
+            gate.wait(120)
         original(self, work)
 
     monkeypatch.setattr(executor_module.Executor, "update_on_host", hold_back)
@@ -327,12 +328,15 @@ def test_the_next_forward_waits_for_each_layer_s_own_weights(
         part.register_forward_hook(lambda *_, number=number: reached.append(number))
     forward = threading.Thread(target=lambda: model(0.1))
     forward.start()
+    deadline = time.monotonic() + 60
+    while len(reached) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # Layers 0 to 3 went ahead while the update of layer 4 was held back; layer 4 waits for it.
     forward.join(0.3)
-    # Layers 0 to 3 went ahead while the update of layer 4 was held back.
     assert reached == [0, 1, 2, 3]
     assert torch.equal(model.parts[4].weight.detach(), before[4])
     gate.set()
-    forward.join(10)
+    forward.join(60)
     assert reached == list(range(8))
     optimizer.close()
 

@@ -137,7 +137,8 @@ def test_an_unknown_recipe_suggests_a_near_one() -> None:
         load_recipe("quikstart")
     assert str(caught.value) == (
         "recipe quikstart: not found; did you mean quickstart?; shipped recipes: bpe, fault-drill, "
-        "gpt-124m, quickstart; your own needs its path, as in ./quikstart.toml"
+        "gpt-124m, gpt_1b_offload, gpt_20b_offload, gpt_7b_offload, quickstart, "
+        "quickstart_offload; your own needs its path, as in ./quikstart.toml"
     )
 
 
