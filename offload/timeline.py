@@ -135,8 +135,10 @@ def draw_lanes(chart: object, timeline: Timeline, factor: float, longest: float)
         events = [event for event in timeline.events if event.lane == lane]
         bars = [((e.start - zero) * factor, (e.stop - e.start) * factor) for e in events]
         colours = [COLOURS.get(event.what, "#999999") for event in events]
+        # White gaps tell neighbours apart; they would swallow bars that are hardly wider.
+        gaps = [0.4 if length > 0.005 * longest * factor else 0.0 for _, length in bars]
         chart.broken_barh(
-            bars, (row - 0.4, 0.8), facecolors=colours, edgecolor="white", linewidth=0.4
+            bars, (row - 0.4, 0.8), facecolors=colours, edgecolor="white", linewidth=gaps
         )
         for (start, length), event in zip(bars, events, strict=True):
             if length > 0.02 * longest * factor:
