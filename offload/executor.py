@@ -7,7 +7,7 @@ element goes through the same arithmetic in the same order wherever it is update
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -31,7 +31,12 @@ class Work:
     @classmethod
     def of(cls, subgroup: SubgroupState, scale: float) -> "Work":
         """Take a snapshot of what the update depends on."""
-        hyper = {key: value for key, value in subgroup.group.items() if key != "params"}
+        # Schedulers write new rates into the same tensor, and the update reads them later.
+        hyper = {
+            key: value.item() if isinstance(value, torch.Tensor) else value
+            for key, value in subgroup.group.items()
+            if key not in ("params", "param_names")
+        }
         arrived = tuple(member for member in subgroup.members if member.arrivals)
         return cls(subgroup, scale, hyper, tuple(subgroup.runs()), arrived)
 
@@ -41,16 +46,36 @@ class Work:
             number=number + 1,
             gradient_scale=self.scale,
             hyper=self.hyper,
+            rounding_seed=self.subgroup.rounding_seed,
             first_element=first_element,
         )
 
 
+ALIGNMENT = 256
+"""Bytes: slabs begin where a device reads them at full speed."""
+
+
 @dataclass
 class Slot:
-    """Device buffers that staged subgroups pass through, by name and dtype."""
+    """Device memory that staged subgroups pass through, each cutting it as it needs."""
 
-    buffers: dict[tuple[str, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    memory: torch.Tensor
     freed: tuple[Ticket, ...] = ()
+
+    def cut(self, slabs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return room for every slab, by name."""
+        room: dict[str, torch.Tensor] = {}
+        start = 0
+        for name, slab in slabs.items():
+            stop = start + slab.numel() * slab.element_size()
+            room[name] = self.memory[start:stop].view(slab.dtype)
+            start = -(-stop // ALIGNMENT) * ALIGNMENT
+        return room
+
+
+def slot_bytes(slabs: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes of a slot that all slabs of a subgroup fit into."""
+    return sum(-(-s.numel() * s.element_size() // ALIGNMENT) * ALIGNMENT for s in slabs.values())
 
 
 class Executor:
@@ -63,24 +88,26 @@ class Executor:
 
     def __init__(self, lanes: Lanes, slots: int) -> None:
         self.lanes = lanes
-        self.slots = [Slot() for _ in range(slots)]
+        self.slots = [Slot(self.memory(0)) for _ in range(slots)]
         self.turn = 0
 
+    def memory(self, size: int) -> torch.Tensor:
+        """Return so many bytes on the device."""
+        return torch.empty(size, dtype=torch.uint8, device=self.lanes.device)
+
     def make_slots(self, subgroups: Sequence[SubgroupState]) -> None:
-        """Give every slot buffers for the largest staged subgroup; between steps only."""
-        sizes: dict[tuple[str, torch.dtype], int] = {}
-        for subgroup in subgroups:
-            if subgroup.home is Home.STAGED:
-                for name, slab in subgroup.slabs.items():
-                    key = (name, slab.dtype)
-                    sizes[key] = max(sizes.get(key, 0), subgroup.elements)
+        """Give every slot room for the largest staged subgroup; between steps only."""
+        staged = (subgroup for subgroup in subgroups if subgroup.home is Home.STAGED)
+        size = max((slot_bytes(subgroup.slabs) for subgroup in staged), default=0)
         for slot in self.slots:
-            held = {key: buffer.numel() for key, buffer in slot.buffers.items()}
-            if held != sizes:
-                slot.buffers = {
-                    key: torch.empty(size, dtype=key[1], device=self.lanes.device)
-                    for key, size in sizes.items()
-                }
+            if slot.memory.numel() != size:
+                slot.memory = self.memory(0)
+                slot.memory = self.memory(size)
+
+    def reset(self) -> None:
+        """Forget what passed through the slots; nothing is under way."""
+        for slot in self.slots:
+            slot.freed = ()
 
     def launch(self, work: Work) -> None:
         """Submit all work of one subgroup's update; return at once."""
@@ -100,7 +127,7 @@ class Executor:
 
     def on_host(self, work: Work) -> list[Ticket]:
         """Update on the CPU, then copy the weights up."""
-        subgroup = work.subgroup
+        subgroup, issued = work.subgroup, self.lanes.current_work()
         updated = self.lanes.cpu.submit(
             partial(self.update_on_host, work),
             what="update",
@@ -113,7 +140,8 @@ class Executor:
             what="weights",
             subgroup=subgroup.index,
             bytes=subgroup.elements * subgroup.weight_dtype.itemsize,
-            after=(updated,),
+            # Whatever was issued before may still read the old weights.
+            after=(updated, issued),
         )
         return [updated, uploaded]
 
@@ -143,10 +171,7 @@ class Executor:
         subgroup = work.subgroup
         slot = self.slots[self.turn % len(self.slots)]
         self.turn += 1
-        inside = {
-            name: slot.buffers[name, slab.dtype][: subgroup.elements]
-            for name, slab in subgroup.slabs.items()
-        }
+        inside = slot.cut(subgroup.slabs)
         size = sum(slab.numel() * slab.element_size() for slab in subgroup.slabs.values())
         issued = self.lanes.current_work()
         copied_in = self.lanes.h2d.submit(

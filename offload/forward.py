@@ -1,12 +1,13 @@
-"""The next forward pass waits for new weights layer by layer, not for the whole update.
+"""The next forward pass waits for new weights part by part, not for the whole update.
 
 A hook before every layer (before every FSDP2 unit, whose all-gather reads the shards of the whole
-unit) lets the forward pass wait for just its parameters. A model whose layers' weights are read
-elsewhere than in the layer needs `overlap="none"`.
+unit) lets the forward pass wait for just its parameters. Saving and loading the model's own state
+dict wait for all of them. Who reads or writes weights in other ways, between steps, calls
+`OffloadedOptimizer.synchronize` first.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,14 +24,61 @@ def wait_in_forward(model: nn.Module, wait_for: WaitFor) -> list[RemovableHandle
         Handles that take the hooks off again.
     """
     handles: list[RemovableHandle] = []
-    for module, parameters in units(model):
+    for module, read in readers(model):
 
-        def before(_: nn.Module, __: Any, parameters: list[torch.Tensor] = parameters) -> None:
-            wait_for(parameters)
+        def before(
+            _: nn.Module, __: Any, read: Callable[[], Sequence[torch.Tensor]] = read
+        ) -> None:
+            wait_for(read())
 
-        # First of all hooks: FSDP2's own gathers the shards.
-        handles.append(module.register_forward_pre_hook(before, prepend=True))
+        # A compiled module takes this call out of its graph. First of all hooks: FSDP2's own
+        # gathers the shards.
+        outside_graphs = cast("Callable[[nn.Module, Any], None]", torch.compiler.disable(before))
+        handles.append(module.register_forward_pre_hook(outside_graphs, prepend=True))
     return handles
+
+
+def wait_around_state_dicts(
+    model: nn.Module, wait_for_all: Callable[[], None]
+) -> list[RemovableHandle]:
+    """Call `wait_for_all()` before a model's state dict is taken or loaded.
+
+    Returns:
+        Handles that take the hooks off again.
+    """
+
+    def before(*_: Any) -> None:
+        wait_for_all()
+
+    return [
+        model.register_state_dict_pre_hook(before),
+        model.register_load_state_dict_pre_hook(before),
+    ]
+
+
+def readers(
+    model: nn.Module,
+) -> Iterator[tuple[nn.Module, Callable[[], Sequence[torch.Tensor]]]]:
+    """Yield every module whose forward begins to read parameters, and which these are then."""
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        shards = parameters_by_state(model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                state = state_of(module)
+                yield module, lambda state=state: gathered_with(state, shards)
+        gathered = {id(p) for parameters in shards.values() for p in parameters}
+        rest = [p for p in model.parameters() if id(p) not in gathered]
+        if rest:
+            yield model, lambda: rest
+        return
+    for module, parameters in units(model):
+        yield module, lambda parameters=parameters: parameters
+    # Embedding or head may be called by themselves, outside the model's forward.
+    inside = {module for layer in layers_of(model) for module in layer.modules()}
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and module is not model and module not in inside:
+            yield module, lambda own=own: own
 
 
 def units(model: nn.Module) -> list[tuple[nn.Module, list[torch.Tensor]]]:
@@ -40,25 +88,58 @@ def units(model: nn.Module) -> list[tuple[nn.Module, list[torch.Tensor]]]:
     (the layers). Everything else, such as embedding and head, counts as read when the model itself
     is called, whichever of its modules does it: it comes first.
     """
-    parts = list(layers_of(model))
-    inside = {id(p) for part in parts for p in part.parameters()}
+    parts: list[tuple[nn.Module, list[torch.Tensor]]] = [
+        (model, parameters) for parameters in parameters_by_state(model).values()
+    ] or [(part, list(part.parameters())) for part in layers_of(model)]
+    inside = {id(p) for _, parameters in parts for p in parameters}
     outside: list[torch.Tensor] = [p for p in model.parameters() if id(p) not in inside]
-    rest: list[tuple[nn.Module, list[torch.Tensor]]] = [
-        (part, list(part.parameters())) for part in parts
-    ]
-    return [(model, outside), *rest] if outside else rest
+    return [(model, outside), *parts] if outside else parts
 
 
 def layers_of(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost layers below a module."""
-    sharded = any(isinstance(part, FSDPModule) for part in module.modules() if part is not module)
+    """Yield the outermost layers of a module: the members of module lists and sequences."""
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
+        yield from (part for part in module if any(True for _ in part.parameters()))
+        return
     for child in module.children():
-        if isinstance(child, FSDPModule):
-            yield child
-        elif isinstance(child, (nn.ModuleList, nn.Sequential)) and not sharded:
-            yield from (part for part in child if any(True for _ in part.parameters()))
-        else:
-            yield from layers_of(child)
+        yield from layers_of(child)
+
+
+# ---- FSDP2: the shards of a unit are read when the unit is gathered ---------------------------
+
+
+def state_of(module: FSDPModule) -> Any:
+    """Return FSDP2's state of a module; modules that are gathered together share it."""
+    return module._get_fsdp_state()  # pyright: ignore[reportPrivateUsage]
+
+
+def parameters_by_state(model: nn.Module) -> dict[Any, list[torch.Tensor]]:
+    """Return the sharded parameters of a model by the FSDP2 state that gathers them, in forward
+    order; empty for a model without FSDP2.
+    """
+    shards: dict[Any, list[torch.Tensor]] = {}
+
+    def walk(module: nn.Module, state: Any) -> None:
+        if isinstance(module, FSDPModule):
+            state = state_of(module)
+            shards.setdefault(state, [])
+        if state is not None:
+            known = {id(p) for p in shards[state]}
+            own = module.parameters(recurse=False)
+            shards[state] += [p for p in own if id(p) not in known]
+        for child in module.children():
+            walk(child, state)
+
+    walk(model, None)
+    return shards
+
+
+def gathered_with(state: Any, shards: dict[Any, list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Return what is gathered when a unit's forward begins: its own shards, and those of the units
+    it was told to fetch ahead (`set_modules_to_forward_prefetch`).
+    """
+    ahead = getattr(state, "_states_to_forward_prefetch", ())
+    return [p for each in (state, *ahead) for p in shards.get(each, ())]
 
 
 def forward_order(model: nn.Module) -> dict[torch.Tensor, int]:

@@ -39,10 +39,19 @@ class Gradients:
         self.landing: torch.Tensor | None = None
         self.landed: Ticket | None = None
 
+    def reset(self) -> None:
+        """Forget the last copy; nothing is under way."""
+        self.landed = None
+
     def take(self, subgroup: SubgroupState, member: Member) -> None:
         """Take over the gradient of one parameter, as left by backward in `Tensor.grad`."""
         gradient = member.parameter.grad
         assert gradient is not None
+        if gradient.layout is not torch.strided:
+            raise TypeError(
+                f"a gradient of shape {tuple(gradient.shape)} has layout {gradient.layout}; only "
+                "dense gradients can be offloaded (nn.Embedding with sparse=False)"
+            )
         gradient = local(gradient).reshape(-1)
         member.arrivals += 1
         if member.arrivals > 1:
@@ -151,19 +160,24 @@ def all_finite(subgroup: SubgroupState) -> bool:
     return all(bool(torch.isfinite(square)) for _, square in squares_of([subgroup]))
 
 
-def global_norm(subgroups: Iterable[SubgroupState]) -> float:
+def global_norm(subgroups: Iterable[SubgroupState], parameters: Iterable[torch.Tensor]) -> float:
     """Return the 2-norm of all gradients over all shards, the same on every rank.
 
     Shards of a `DTensor` are summed over the mesh dimensions that shard it; replicas hold the same
-    numbers and are not counted twice.
+    numbers and are not counted twice. `parameters` are all there are, in one order on every rank:
+    ranks must meet in the same reductions, whichever gradients came and however subgroups are cut.
     """
+    sharded: dict[tuple[distributed.ProcessGroup, ...], list[torch.Tensor]] = {
+        sharding_groups(parameter): [] for parameter in parameters
+    }
     plain: list[torch.Tensor] = []
-    sharded: dict[tuple[distributed.ProcessGroup, ...], list[torch.Tensor]] = {}
     for member, square in squares_of(subgroups):
         groups = sharding_groups(member.parameter)
-        (sharded.setdefault(groups, []) if groups else plain).append(square.double())
+        (sharded[groups] if groups else plain).append(square.double())
     total = sum_in_order(plain)
     for groups, squares in sharded.items():
+        if not groups:
+            continue
         part = sum_in_order(squares)
         for group in groups:
             part = part.to(device_of(group))
@@ -175,7 +189,7 @@ def global_norm(subgroups: Iterable[SubgroupState]) -> float:
 def sum_in_order(squares: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the sum on the CPU, in the order given, with one transfer."""
     if not squares:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     return torch.stack([square.reshape(()) for square in squares]).cpu().cumsum(0)[-1]
 
 

@@ -2,8 +2,8 @@
 
 Four lanes exist: `h2d` and `d2h` copy between host and device, `cpu` updates on the host, `device`
 updates on the device. Work is submitted with the tickets it depends on and starts when they are
-done; each lane does one piece at a time, in the order in which pieces become ready. A piece that
-fails fails everything that depends on it and nothing hangs.
+done; each lane does one piece at a time: of those that are ready the one that was submitted first.
+A piece that fails fails everything that depends on it and nothing hangs.
 
 Where there is a GPU the lanes `h2d`, `d2h` and `device` are CUDA streams: their threads only issue
 work, order between them is kept by events, and no host thread waits for the device unless the CPU
@@ -11,6 +11,8 @@ needs a result. Without a GPU the same threads do the copies themselves, at a li
 to, so that every line of scheduling runs in tests.
 """
 
+import heapq
+import itertools
 import os
 import threading
 import time
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-LANE_NAMES = ("h2d", "d2h", "cpu", "device")
+POOL_NAME = "cpu-update"
 
 
 class LaneError(RuntimeError):
@@ -100,13 +102,25 @@ class Ticket:
             torch.cuda.current_stream(self.ended.device).wait_event(self.ended)
 
 
+@dataclass(order=True)
+class Piece:
+    """Work that is ready; urgent work goes first, then what was submitted first."""
+
+    urgency: int
+    number: int
+    ticket: Ticket = field(compare=False)
+    work: Callable[[], None] = field(compare=False)
+    after: Sequence[Ticket] = field(compare=False)
+
+
 class Lane:
     """One worker thread that does ready work in order."""
 
     def __init__(self, name: str, bytes_per_second: float | None = None) -> None:
         self.name = name
         self.bytes_per_second = bytes_per_second
-        self._ready: deque[tuple[Ticket, Callable[[], None], Sequence[Ticket]]] = deque()
+        self._ready: list[Piece] = []
+        self._numbers = itertools.count()
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"lane-{name}", daemon=True)
@@ -124,9 +138,10 @@ class Lane:
     ) -> Ticket:
         """Do `work` once all of `after` is settled; return its ticket at once.
 
-        Urgent work goes before what became ready earlier.
+        Urgent work goes before all that is not.
         """
         ticket = Ticket(self.name, what, subgroup, bytes)
+        piece = Piece(0 if urgent else 1, next(self._numbers), ticket, work, after)
         remaining = [len(after)]
         guard = threading.Lock()
 
@@ -135,30 +150,30 @@ class Lane:
                 remaining[0] -= 1
                 if remaining[0]:
                     return
-            self._enqueue(ticket, work, after, urgent)
+            self._enqueue(piece)
 
         if not after:
-            self._enqueue(ticket, work, after, urgent)
+            self._enqueue(piece)
         for dependency in after:
             dependency.when_settled(one_settled)
         return ticket
 
     def close(self) -> None:
-        """Let the thread end after the work that is ready."""
+        """Let the thread end after the work that is ready; what comes later fails."""
         with self._wake:
             self._closed = True
             self._wake.notify_all()
-        self._thread.join()
+        # A collected optimizer may be closed on any thread, this one included.
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
-    def _enqueue(
-        self, ticket: Ticket, work: Callable[[], None], after: Sequence[Ticket], urgent: bool
-    ) -> None:
+    def _enqueue(self, piece: Piece) -> None:
         with self._wake:
-            if urgent:
-                self._ready.appendleft((ticket, work, after))
-            else:
-                self._ready.append((ticket, work, after))
-            self._wake.notify_all()
+            if not self._closed:
+                heapq.heappush(self._ready, piece)
+                self._wake.notify_all()
+                return
+        piece.ticket.settle(RuntimeError("the lane is closed"))
 
     def _run(self) -> None:
         while True:
@@ -167,8 +182,10 @@ class Lane:
                     self._wake.wait()
                 if not self._ready:
                     return
-                ticket, work, after = self._ready.popleft()
-            self._do(ticket, work, after)
+                piece = heapq.heappop(self._ready)
+            self._do(piece.ticket, piece.work, piece.after)
+            # Waiting for the next piece must not keep the last one's tensors alive.
+            del piece
 
     def _do(self, ticket: Ticket, work: Callable[[], None], after: Sequence[Ticket]) -> None:
         try:
@@ -241,7 +258,7 @@ class CpuPool:
             {share.cores[number % len(share.cores)]} if share.ranks == 1 else set(share.cores)
             for number in range(self.threads)
         )
-        self._pool = ThreadPoolExecutor(self.threads, "cpu-update", initializer=self._bind)
+        self._pool = ThreadPoolExecutor(self.threads, POOL_NAME, initializer=self._bind)
 
     def _bind(self) -> None:
         if hasattr(os, "sched_setaffinity"):
@@ -266,7 +283,8 @@ class CpuPool:
 
     def close(self) -> None:
         """End the threads."""
-        self._pool.shutdown()
+        own = threading.current_thread().name.startswith(POOL_NAME)
+        self._pool.shutdown(wait=not own)
 
 
 @dataclass(frozen=True)
@@ -383,7 +401,7 @@ class Lanes:
         return ticket
 
     def close(self) -> None:
-        """End all threads, after the work that is ready."""
+        """End all threads, after the work that is ready; may be called again."""
         for lane in (self.cpu, self.h2d, self.d2h, self.compute):
             lane.close()
         self.pool.close()

@@ -7,6 +7,8 @@ pages lie on their NUMA node), and then registered with CUDA.
 """
 
 import mmap
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,34 @@ def available_device_bytes(device: torch.device) -> int:
     return free + reserved
 
 
+class Pages(mmap.mmap):
+    """Whole pages of zeros that leave the process when nobody holds them any more; pinned pages are
+    unpinned first, since CUDA would go on believing in memory that is gone.
+    """
+
+    pinned_at: int | None = None
+
+    def __del__(self) -> None:
+        if self.pinned_at is not None and not sys.is_finalizing():
+            runtime().cudaHostUnregister(self.pinned_at)
+
+
+def pages_for(size: int) -> Pages:
+    """Return so many bytes of private memory, in huge pages where the system has them: state is
+    swept through from end to end, and small pages cost a sixth of the speed.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return Pages(-1, size)
+    pages = Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # A kernel that is built without huge pages refuses.
+        with suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
 class HostSlabs:
-    """Hands out host memory for state, and takes it back.
+    """Hands out host memory for state; it lasts as long as the tensor and its views.
 
     Args:
         pool: Threads that touch, and will later use, the memory.
@@ -66,11 +94,15 @@ class HostSlabs:
         self.pin = pin
 
     def empty(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return a 1-D tensor of zeros in exactly as many pages as it needs."""
+        """Return a 1-D tensor of zeros in exactly as many pages as it needs.
+
+        Raises:
+            MemoryShortage: The system refuses to pin so much.
+        """
         size = elements * dtype.itemsize
         if size == 0:
-            return torch.empty(0, dtype=dtype)
-        pages = mmap.mmap(-1, size)
+            return torch.empty(0, dtype=dtype, device="cpu")
+        pages = pages_for(size)
         slab = torch.frombuffer(pages, dtype=dtype, count=elements)
 
         def touch(start: int, stop: int) -> None:
@@ -78,28 +110,23 @@ class HostSlabs:
 
         self.pool.over_range(elements, touch)
         if self.pin:
-            register(slab)
+            register(pages, slab.data_ptr(), size)
         return slab
 
-    def release(self, slab: torch.Tensor) -> None:
-        """Unpin a slab that is about to be dropped; memory that is not ours is left alone."""
-        if self.pin and slab.device.type == "cpu" and slab.numel():
-            runtime().cudaHostUnregister(slab.data_ptr())
 
-
-def register(slab: torch.Tensor) -> None:
-    """Pin a slab for CUDA copies until `HostSlabs.release`.
+def register(pages: Pages, address: int, size: int) -> None:
+    """Pin pages for CUDA copies as long as they live.
 
     Raises:
         MemoryShortage: The system refuses to pin so much.
     """
-    size = slab.numel() * slab.element_size()
-    status = int(runtime().cudaHostRegister(slab.data_ptr(), size, 0))
+    status = int(runtime().cudaHostRegister(address, size, 0))
     if status != 0:
         raise MemoryShortage(
             f"the system refuses to pin {size:,} bytes of host memory (CUDA status {status}); "
             "raise the limit (`ulimit -l unlimited`) or lower offload.host_budget_gib"
         )
+    pages.pinned_at = address
 
 
 def runtime() -> Any:

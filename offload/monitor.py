@@ -47,6 +47,10 @@ class Monitor:
         """Set the zero of a step's timeline."""
         self._clock = Clock(time.perf_counter(), self.lanes.current_work().ended)
 
+    def reset(self) -> None:
+        """Forget an update that was given up."""
+        self._tickets = []
+
     def launched(self, subgroup: SubgroupState, gradients: list[Ticket], number: int) -> None:
         """Take note of one subgroup's update and of the gradients that it used."""
         self._tickets += [*gradients, *subgroup.updating]

@@ -9,9 +9,10 @@ are; plain tensors, DDP's and FSDP2's `DTensor` shards all work. Reference: Deep
 """
 
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from interlace.kernels.update import AdamW, UpdateRule, warm_up
 from interlace.offload.executor import Executor, Work
-from interlace.offload.forward import forward_order, wait_in_forward
+from interlace.offload.forward import forward_order, wait_around_state_dicts, wait_in_forward
 from interlace.offload.gradients import Gradients, all_finite, global_norm
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.lanes import CpuPool, LaneError, Lanes
@@ -30,20 +31,26 @@ from interlace.offload.options import (
     OffloadOptions,
     Overlap,
     Strategy,
-    check_overlap,
+    check_arguments,
     check_parameter,
-    check_strategy,
+    device_of,
+    listed,
     streams_gradients,
 )
+from interlace.offload.ownership import claim, release, weakly
 from interlace.offload.persistence import load_state
 from interlace.offload.placement import Placement
 from interlace.offload.report import UpdateReport
 from interlace.offload.schedule import Home, MemoryBudget, Schedule
-from interlace.offload.subgroup import Member, StateLayout, SubgroupState, cut, local, version_of
-
-
-class NonFiniteGradient(ArithmeticError):
-    """A gradient is infinite or NaN; the message says whether anything was updated."""
+from interlace.offload.step import (
+    Health,
+    NonFiniteGradient,
+    OpenStep,
+    late_gradient,
+    not_finite,
+    undroppable,
+)
+from interlace.offload.subgroup import Member, StateLayout, SubgroupState, cut, local
 
 
 class OffloadedOptimizer(torch.optim.Optimizer):
@@ -51,14 +58,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     Args:
         params: Parameters or parameter groups, as torch's optimizers take them: float32 or bfloat16
-            (float64 on a CPU), plain or `DTensor`, all on one device.
+            (float64 on a CPU), plain or `DTensor`, all on one device. Frozen parameters get state
+            when they no longer are.
         rule: The update rule with the defaults of its hyperparameters.
         strategy: `optimal` asks the performance model, `none` keeps all state on the device, `host`
             all on the host, `stride` stages every k-th subgroup.
         budget: Memory that state may occupy; None means what is free now, with a margin.
         profile: What the machine can do; None means the profile on record, measured if need be.
         overlap: What the update runs beside: `none`, the next `forward` (needs `model`), or already
-            `backward` (needs `clip_norm=None`).
+            `backward` (needs `clip_norm=None`; goes on beside the next forward if `model` is
+            given).
         clip_norm: Largest global gradient norm; longer gradients are scaled down.
         model: The module whose forward waits for its weights layer by layer.
         options: Everything that has a good default; see `OffloadOptions`.
@@ -82,75 +91,106 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         options: OffloadOptions | None = None,
     ) -> None:
         self.rule: UpdateRule = rule if rule is not None else AdamW()
+        check_arguments(self.rule, strategy, overlap, clip_norm, model, budget)
         self.strategy: Strategy = strategy
         self.overlap: Overlap = overlap
         self.clip_norm = clip_norm
         self.options = options or OffloadOptions()
         self.subgroups: list[SubgroupState] = []
+        self._waits_in_forward = model is not None and overlap != "none"
         self._members: dict[torch.Tensor, tuple[SubgroupState, Member]] = {}
         self._handles: list[RemovableHandle] = []
-        self._norm: float | None = None
-        self._begun = False
-        self._launched: set[SubgroupState] = set()
-        self._failure: str | None = None
-        self._order: dict[torch.Tensor, int] = {}
-        check_strategy(strategy)
-        check_overlap(overlap, clip_norm, model)
-        groups: list[Any] = list(params)
-        self._lanes = self._open_lanes(groups)
+        self._step = OpenStep()
+        self._health = Health()
+        self._order = forward_order(model) if model is not None else {}
+        named = model.named_parameters() if model is not None else ()
+        self._names: dict[torch.Tensor, str] = {p: name for name, p in named}
+        self._constructed = False
+        groups = listed(params)
+        device = device_of(groups)
+        pool = CpuPool(self.options.cpu_threads, self.options.cpu_cores, device)
+        self._lanes = Lanes(device, pool, self.options.throttle)
+        self._end_lanes = weakref.finalize(self, self._lanes.close)
+        self._end_lanes.atexit = False
+        try:
+            self._build(groups, budget, profile)
+            if model is not None and self._waits_in_forward:
+                self._handles += wait_in_forward(model, weakly(self.wait_for))
+                self._handles += wait_around_state_dicts(model, weakly(self._settle))
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _build(
+        self, groups: list[Any], budget: MemoryBudget | None, profile: HardwareProfile | None
+    ) -> None:
+        """Make the engine's parts and place the state of all groups."""
         self._host = HostSlabs(self._lanes.pool, pin=self._lanes.device.type == "cuda")
-        self._layout = StateLayout(self.rule, self.options.moment_dtype, self.options.split_master)
-        self.placement = Placement(self._lanes.device, strategy, budget, profile, self.options)
+        self._layout = StateLayout(
+            self.rule,
+            self.options.moment_dtype,
+            self.options.split_master,
+            sums_gradients=self.options.accumulation_steps > 1,
+        )
+        self.placement = Placement(self._lanes.device, self.strategy, budget, profile, self.options)
         self.monitor = Monitor(self._lanes, self.placement.profile, self.options.recalibrate)
         self._gradients = Gradients(self._lanes, self._host, self._gradient_came)
         self._executor = Executor(self._lanes, self.options.staging_slots)
-        if model is not None:
-            self._order = forward_order(model)
         super().__init__(groups, dict(self.rule.hyperparameters()))
-        self._adopt(self.param_groups)
-        if model is not None and overlap != "none":
-            self._handles += wait_in_forward(model, self.wait_for)
-
-    def _open_lanes(self, groups: Sequence[Any]) -> Lanes:
-        """Start the threads and streams for the device of the first parameter."""
-        first = groups[0] if groups else None
-        if isinstance(first, dict):
-            members = first["params"]
-            first = members if isinstance(members, torch.Tensor) else next(iter(members))
-            groups[0]["params"] = members if isinstance(members, torch.Tensor) else list(members)
-        if isinstance(first, tuple):
-            first = first[1]
-        device = local(first).device if isinstance(first, torch.Tensor) else torch.device("cpu")
-        pool = CpuPool(self.options.cpu_threads, self.options.cpu_cores, device)
-        return Lanes(device, pool, self.options.throttle)
+        self._adopt()
+        self._constructed = True
 
     # ---- parameter groups -------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, also during training; homes are chosen anew."""
+        """Add a parameter group, also during training; homes are chosen anew.
+
+        Raises:
+            ValueError: It cannot be served; the optimizer is as it was.
+            MemoryShortage: Its state does not fit; likewise.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for parameter in group["params"]:
-            check_parameter(parameter, self._lanes.device)
-        if self.subgroups:
-            self._adopt([group])
+        try:
+            for parameter in group["params"]:
+                check_parameter(parameter, self._lanes.device)
+            # While the optimizer is constructed all groups are placed together afterwards.
+            if self._constructed:
+                self._adopt()
+        except BaseException:
+            self.param_groups.pop()
+            raise
 
-    def _adopt(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Cut new groups into subgroups, choose homes for all, and make room before anything is
-        allocated.
+    def _adopt(self, frozen: Collection[torch.Tensor] = ()) -> None:
+        """Cut what has no state yet into subgroups, choose homes for all, and make room before
+        anything is allocated. Frozen parameters get none but for those named.
         """
-        fresh = cut(groups, self._layout, self._host, self.options.subgroup_elements)
+
+        def is_new(parameter: torch.Tensor) -> bool:
+            needed = parameter.requires_grad or any(parameter is each for each in frozen)
+            return needed and parameter not in self._members
+
+        fresh = cut(
+            self.param_groups,
+            self._layout,
+            self._host,
+            self.options.subgroup_elements,
+            is_new,
+            self.subgroups,
+        )
         for subgroup in fresh:
             for member in subgroup.members:
                 self._order.setdefault(member.parameter, len(self._order))
         together = sorted([*self.subgroups, *fresh], key=self._first_use)
+        homes = self.placement.choose(
+            [subgroup.shape for subgroup in together], [s.shape for s in self.subgroups], self.homes
+        )
+        claim([m.parameter for subgroup in fresh for m in subgroup.members], self)
         for subgroup in fresh:
-            warm_up(self.rule, subgroup.weight_dtype, self._layout.moment_dtype)
-        homes = self.placement.choose([subgroup.shape for subgroup in together])
+            warm_up(self.rule, subgroup.weight_dtype, self._layout.moment_dtype, subgroup.splits)
         self.subgroups = together
-        for index, subgroup in enumerate(self.subgroups):
+        for index, (subgroup, home) in enumerate(zip(together, homes, strict=True)):
             subgroup.index = index
-        for subgroup, home in zip(self.subgroups, homes, strict=True):
             if subgroup in fresh:
                 subgroup.settle(home)
                 self._take_members(subgroup)
@@ -161,14 +201,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _take_members(self, subgroup: SubgroupState) -> None:
         """Register where each parameter's state is and take over its gradients."""
-        if self.options.accumulation_steps > 1:
-            subgroup.widen_gradient()
         for member in subgroup.members:
             self._members[member.parameter] = (subgroup, member)
             streams = streams_gradients(self.options.stream_gradients, member.parameter)
             if streams and member.parameter.requires_grad:
-                hook = member.parameter.register_post_accumulate_grad_hook(self._take)
-                self._handles.append(hook)
+                hook = weakly(self._take)
+                self._handles.append(member.parameter.register_post_accumulate_grad_hook(hook))
 
     def rehome(self, homes: Sequence[Home]) -> None:
         """Move subgroups to other homes, between steps; numbers do not change.
@@ -218,34 +256,43 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _take(self, parameter: torch.Tensor) -> None:
         """Take a gradient over; the hook that backward calls."""
-        self._raise_failure()
+        self._health.check()
         subgroup, member = self._members[parameter]
+        if subgroup in self._step.launched:
+            self._refuse_late_gradient(parameter)
         self._begin()
-        self._norm = None
+        self._step.norm = None
         self._gradients.take(subgroup, member)
 
+    def _refuse_late_gradient(self, parameter: torch.Tensor) -> NoReturn:
+        """Raise: the update that this gradient belongs to has begun without it."""
+        cure = late_gradient(self.overlap, self.options.accumulation_steps)
+        if self.overlap == "backward":
+            self._health.failure = f"an update began before its last gradient came: {cure}"
+        raise RuntimeError(
+            f"a gradient of {self._name_of(parameter)} came after its update had begun: {cure}"
+        )
+
     def _begin(self) -> None:
-        """Once per step, before its first gradient: notice weights that others have written."""
-        if self._begun:
+        """Once per step, before its first gradient: finish the last one."""
+        if self._step.begun:
             return
-        self._begun = True
+        self._step.begun = True
         self.finish_report()
         if self.monitor.device_is_short():
             self.give_back(available_device_bytes(self._lanes.device) // 20)
         self.monitor.begin()
-        for subgroup in self.subgroups:
-            for ticket in subgroup.updating:
-                ticket.wait_issued()
-            if any(version_of(m.parameter) != m.version for m in subgroup.members):
-                subgroup.wait()
-                subgroup.read_weights()
 
     def _gradient_came(self, subgroup: SubgroupState) -> None:
         """With `overlap="backward"`: update a subgroup as soon as its gradients are complete."""
-        if self.overlap != "backward" or subgroup in self._launched:
+        if self.overlap != "backward":
             return
         needed = self.options.accumulation_steps
-        complete = all(member.arrivals == needed for member in subgroup.members)
+        complete = all(
+            member.arrivals == needed
+            for member in subgroup.members
+            if member.parameter.requires_grad
+        )
         if complete and all_finite(subgroup):
             self._launch(subgroup, 1.0)
 
@@ -254,12 +301,21 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         NaN if it is not finite. Every rank must call it.
         """
         self._take_remaining()
-        if self._norm is None:
-            self._norm = global_norm(self.subgroups)
-        return self._norm
+        if self._step.norm is None:
+            self._step.norm = global_norm(self.subgroups, list(self._members))
+        return self._step.norm
 
     def _take_remaining(self) -> None:
-        """Take gradients over that no hook took: without streaming, or set by hand."""
+        """Take gradients over that no hook took: without streaming, set by hand, or of parameters
+        that were frozen until now.
+        """
+        thawed = (
+            parameter.requires_grad and parameter not in self._members
+            for group in self.param_groups
+            for parameter in group["params"]
+        )
+        if any(thawed):
+            self._adopt()
         for parameter in self._members:
             if parameter.grad is not None:
                 self._take(parameter)
@@ -277,21 +333,27 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     @property
     def update_begun(self) -> bool:
         """Whether gradients of this step have led to updates already (`overlap="backward"`)."""
-        return bool(self._launched)
+        return bool(self._step.launched)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients that came since the last step."""
-        super().zero_grad(set_to_none)
-        for subgroup in self.subgroups:
-            if subgroup not in self._launched:
-                self._forget(subgroup)
-        self._norm = None
-        self._begun = bool(self._launched)
+        """Forget all gradients that came since the last step.
 
-    def _forget(self, subgroup: SubgroupState) -> None:
-        for member in subgroup.members:
-            member.arrivals = 0
-            member.square = None
+        Raises:
+            RuntimeError: Some of them have led to updates already.
+        """
+        super().zero_grad(set_to_none)
+        if self._step.launched:
+            self._health.check()
+            raise RuntimeError(undroppable(len(self._step.launched), len(self.subgroups)))
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        """Be ready for the next step's gradients."""
+        for subgroup in self.subgroups:
+            for member in subgroup.members:
+                member.arrivals = 0
+                member.square = None
+        self._step = OpenStep()
 
     # ---- the step ---------------------------------------------------------------------------
 
@@ -312,15 +374,21 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 "OffloadedOptimizer.step takes no closure: updates overlap with backward and "
                 "forward, so the loss cannot be evaluated inside; call loss.backward() first"
             )
-        self._raise_failure()
+        if self.overlap == "backward" and gradient_scale != 1.0:
+            raise ValueError(
+                f"gradient_scale={gradient_scale}: overlap='backward' has used gradients as they "
+                "came; scale the loss by its inverse no more, or use another overlap"
+            )
+        self._health.check()
+        self._take_remaining()
         self._begin()
         factor = gradient_scale * self._clip_factor(gradient_scale)
         with self.monitor.waiting():
             for subgroup in self.subgroups:
-                if subgroup not in self._launched:
+                if subgroup not in self._step.launched:
                     self._launch(subgroup, factor)
-            self._finish_step()
-            if self.overlap == "none":
+            self._forget_gradients()
+            if not self._waits_in_forward:
                 self._wait_all()
 
     def _clip_factor(self, gradient_scale: float) -> float:
@@ -337,41 +405,38 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _describe_non_finite(self) -> str:
         """Say which gradients are not finite and what was updated."""
         bad = [
-            number
-            for number, (_, gradient) in enumerate(self.gradients())
+            self._name_of(parameter)
+            for parameter, gradient in self.gradients()
             if not bool(torch.isfinite(gradient).all())
         ]
-        shown = ", ".join(str(number) for number in bad[:8]) + (", ..." if len(bad) > 8 else "")
-        where = f"gradient of parameter {shown}" if bad else "gradient on another rank"
-        if not self._launched:
-            return f"{where} is not finite; nothing was updated; zero_grad() drops the gradients"
-        self._failure = (
-            f"{where} is not finite, and overlap='backward' had updated {len(self._launched)} of "
-            f"{len(self.subgroups)} subgroups; continue from the last checkpoint"
-        )
-        return self._failure
+        launched = len(self._step.launched)
+        message = not_finite(bad, launched, len(self.subgroups))
+        if launched:
+            self._health.failure = message
+        return message
+
+    def _name_of(self, parameter: torch.Tensor) -> str:
+        """Return a parameter's name in the model, or its number over all groups."""
+        if parameter in self._names:
+            return self._names[parameter]
+        every = [p for group in self.param_groups for p in group["params"]]
+        return f"parameter {next(n for n, p in enumerate(every) if p is parameter)}"
 
     def _launch(self, subgroup: SubgroupState, scale: float) -> None:
+        subgroup.notice_other_writers()
         work = Work.of(subgroup, scale)
+        # Before the work itself: an interruption must not lead to a second update.
+        self._step.launched[subgroup] = None
         if work.arrived:
             gradients = subgroup.arriving
             self._executor.launch(work)
             for member in work.arrived:
                 member.step += 1
             self.monitor.launched(subgroup, gradients, int(work.arrived[0].step))
-        self._launched.add(subgroup)
-
-    def _finish_step(self) -> None:
-        """Be ready for the next step's gradients."""
-        for subgroup in self.subgroups:
-            self._forget(subgroup)
-        self._launched.clear()
-        self._norm = None
-        self._begun = False
 
     def wait_for(self, parameters: Iterable[torch.Tensor]) -> None:
         """Wait until these parameters have their new weights; the rest of the update goes on."""
-        with self.monitor.waiting(), self._noting_failure():
+        with self.monitor.waiting(), self._health.watched():
             for subgroup in {self._members[p][0]: None for p in parameters if p in self._members}:
                 ticket = subgroup.weights_ready
                 if ticket is None:
@@ -384,34 +449,31 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _wait_all(self) -> None:
         """Let everything that follows on the current stream see the update."""
-        with self._noting_failure():
+        with self._health.watched():
             for subgroup in self.subgroups:
                 for ticket in subgroup.updating:
                     ticket.wait_on_stream()
 
     def synchronize(self) -> None:
-        """Block until no update and no gradient is under way; state may then be read or written.
+        """Block until no update and no gradient is under way; weights and state may then be read or
+        written. With overlap it belongs before everything that touches weights between steps other
+        than the model's forward and its `state_dict` and `load_state_dict`: averaging them,
+        clamping them.
 
         Raises:
             LaneError: Some of it failed.
         """
-        self._raise_failure()
-        with self._noting_failure():
+        self._health.check()
+        with self._health.watched():
             for subgroup in self.subgroups:
                 subgroup.wait()
 
-    @contextmanager
-    def _noting_failure(self) -> Generator[None]:
-        """Remember that an update failed: nothing may build on its state."""
-        try:
-            yield
-        except LaneError as error:
-            self._failure = f"{error}; the state is half updated: continue from a checkpoint"
-            raise LaneError(self._failure) from error
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise LaneError(self._failure)
+    def _settle(self) -> None:
+        """Block until nothing is under way, whether it failed or not."""
+        for subgroup in self.subgroups:
+            for ticket in (*subgroup.arriving, *subgroup.updating):
+                with suppress(LaneError):
+                    ticket.wait()
 
     # ---- saving and loading -----------------------------------------------------------------
 
@@ -425,13 +487,34 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore
         """Load what `state_dict` returned, also under another strategy, and also what the same rule
-        in torch.optim returned. Load the model's weights first.
+        in torch.optim returned. Load the model's weights first. Gradients that came are forgotten,
+        and an optimizer whose update failed is sound again.
 
         Raises:
-            ValueError: The groups or shapes differ, or a moment is missing.
+            ValueError: The groups or shapes differ, a moment is missing, or a setting of the saved
+                groups (`amsgrad`, `maximize`) asks for another update.
         """
-        self.synchronize()
-        load_state(self.param_groups, self.place_of, state_dict)
+        if not self._end_lanes.alive:
+            self._health.check()
+        for adapt in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = adapt(self, dict(state_dict)) or state_dict
+        self._settle()
+        load_state(self.rule, self.param_groups, self._members, self._adopt, state_dict)
+        for subgroup in self.subgroups:
+            subgroup.arriving, subgroup.updating, subgroup.weights_ready = [], [], None
+        self._gradients.reset()
+        self._executor.reset()
+        self.monitor.reset()
+        self._forget_gradients()
+        self._health.failure = None
+        for notify in self._optimizer_load_state_dict_post_hooks.values():
+            notify(self)
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "an OffloadedOptimizer owns threads and memory and can be neither copied nor pickled; "
+            "save its state_dict() and load it into another"
+        )
 
     def master(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return a parameter's weights in full precision, in its shape and sharded like it.
@@ -448,13 +531,17 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         subgroup.wait()
         subgroup.set_master(member, local(master))
 
-    def place_of(self, parameter: torch.Tensor) -> tuple[SubgroupState, Member]:
-        """Return where a parameter's state is."""
-        return self._members[parameter]
-
     def close(self) -> None:
-        """Take all hooks off and end the threads; the optimizer cannot be used afterwards."""
+        """Finish what is under way, take all hooks off and end the threads; the optimizer cannot be
+        used afterwards, and another may serve its parameters.
+        """
+        self._settle()
+        self._let_go()
+        self._health.failure = self._health.failure or "the optimizer is closed"
+
+    def _let_go(self) -> None:
+        """Take hooks off, disown the parameters and end the threads."""
         for handle in self._handles:
             handle.remove()
-        self.synchronize()
-        self._lanes.close()
+        release(self._members)
+        self._end_lanes()

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as distributed
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from interlace.offload.lanes import Throttle
-from interlace.offload.schedule import NOTHING_HIDDEN, HiddenWindow
+from interlace.offload.lanes import Throttle, usable_cores
+from interlace.offload.schedule import NOTHING_HIDDEN, HiddenWindow, MemoryBudget
+from interlace.offload.subgroup import local
 
 Overlap = Literal["none", "forward", "backward"]
 Strategy = Literal["none", "host", "stride", "optimal"]
@@ -35,7 +36,8 @@ class OffloadOptions:
             so many gradients, and more than one makes room for sums in float32 at once.
         stream_gradients: Let gradients leave the device during backward. None means yes, except
             for plain parameters in a run of several processes: they may be DDP's, whose gradients
-            are not averaged yet when backward hands them over.
+            are not averaged yet when backward hands them over. False leaves them in `Tensor.grad`
+            until `step`, for loops that look at it or change it there.
         hidden_window: Compute beside which the update may run, for the performance model.
         cpu_threads: Threads that update on the host; None means one per core of the rank's share.
         cpu_cores: Cores to bind them to; None means this rank's share of those near its GPU.
@@ -68,6 +70,11 @@ class OffloadOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: must be {least} or more")
+        if self.cpu_cores is not None and not set(self.cpu_cores) & usable_cores():
+            raise ValueError(
+                f"cpu_cores={sorted(self.cpu_cores)}: this process may run on "
+                f"{sorted(usable_cores())}; name some of these, or None for all"
+            )
         if self.moment_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"moment_dtype={self.moment_dtype}: moments are kept in torch.float32 or "
@@ -75,16 +82,34 @@ class OffloadOptions:
             )
 
 
-def check_strategy(strategy: str) -> None:
-    """Refuse a strategy that does not exist."""
+def check_arguments(
+    rule: object,
+    strategy: str,
+    overlap: str,
+    clip_norm: float | None,
+    model: nn.Module | None,
+    budget: object,
+) -> None:
+    """Refuse arguments of the wrong kind and settings that exclude each other."""
+    if not hasattr(rule, "moments"):
+        raise TypeError(
+            f"rule={rule!r}: give an update rule as an object, such as AdamW(lr=1e-3) of "
+            "interlace.offload"
+        )
+    if budget is not None and not isinstance(budget, MemoryBudget):
+        raise TypeError(
+            f"budget={budget!r}: give MemoryBudget(device_bytes=..., host_bytes=...), or None for "
+            "what is free"
+        )
     if strategy not in get_args(Strategy):
         known = ", ".join(get_args(Strategy))
         raise ValueError(f"strategy={strategy!r}: must be one of {known}")
+    check_overlap(overlap, clip_norm, model)
 
 
 def check_overlap(overlap: str, clip_norm: float | None, model: nn.Module | None) -> None:
     """Refuse an overlap that cannot be exact with what was given."""
-    if overlap not in ("none", "forward", "backward"):
+    if overlap not in get_args(Overlap):
         raise ValueError(f"overlap={overlap!r}: must be 'none', 'forward' or 'backward'")
     if overlap == "forward" and model is None:
         raise ValueError(
@@ -100,10 +125,36 @@ def check_overlap(overlap: str, clip_norm: float | None, model: nn.Module | None
         raise ValueError(f"clip_norm={clip_norm}: must be more than 0, or None for no clipping")
 
 
+def listed(params: Any) -> list[Any]:
+    """Return parameters or groups with every iterable read, once: generators end."""
+    if isinstance(params, torch.Tensor):
+        raise TypeError("params: give an iterable of parameters or groups; for one, [parameter]")
+
+    def members(of: Any) -> Any:
+        # Of sets torch says itself that they have no order.
+        return of if isinstance(of, (torch.Tensor, set)) else list(of)
+
+    return [
+        {**group, "params": members(group["params"])} if isinstance(group, dict) else group
+        for group in params
+    ]
+
+
+def device_of(groups: Sequence[Any]) -> torch.device:
+    """Return the device of the first parameter; the CPU if there is none."""
+    for group in groups:
+        members = group["params"] if isinstance(group, dict) else [group]
+        for member in [members] if isinstance(members, torch.Tensor) else members:
+            tensor = member[1] if isinstance(member, tuple) else member
+            if isinstance(tensor, torch.Tensor):
+                return local(tensor).device
+    return torch.device("cpu")
+
+
 def check_parameter(parameter: torch.Tensor, device: torch.device) -> None:
     """Refuse a parameter that cannot be offloaded."""
     shape = tuple(parameter.shape)
-    here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    here = local(parameter)
     if parameter.dtype not in SUPPORTED:
         raise ValueError(
             f"a parameter of shape {shape} has dtype {parameter.dtype}; supported are "

@@ -5,17 +5,30 @@ from typing import Any
 
 import torch
 
-from interlace.kernels.update import merge_master
+from interlace.kernels.update import UpdateRule, merge_master
 from interlace.offload.subgroup import MASTER, REMAINDER, Member, SubgroupState, local
+
+Places = Mapping[torch.Tensor, tuple[SubgroupState, Member]]
+
+NOT_OURS = {
+    "amsgrad": False,
+    "maximize": False,
+    "dampening": 0,
+    "decoupled_weight_decay": True,
+}
+"""Settings of torch's optimizers that change the update, and the only value that our rules mean."""
 
 
 def load_state(
+    rule: UpdateRule,
     groups: Sequence[dict[str, Any]],
-    place_of: Callable[[torch.Tensor], tuple[SubgroupState, Member]],
+    places: Places,
+    adopt: Callable[[Sequence[torch.Tensor]], None],
     state_dict: Mapping[str, Any],
 ) -> None:
     """Copy a state dict into live parameter groups and slabs, with no work under way; see
-    `OffloadedOptimizer.load_state_dict`.
+    `OffloadedOptimizer.load_state_dict`. `adopt` gives parameters a place that have none, because
+    they are frozen, but come with state.
     """
     saved_groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in saved_groups]
@@ -26,15 +39,17 @@ def load_state(
         )
     numbers = [number for group in saved_groups for number in group["params"]]
     parameters = [parameter for group in groups for parameter in group["params"]]
-    loads = [
-        (place_of(parameter), present(state_dict["state"].get(number, {})))
-        for number, parameter in zip(numbers, parameters, strict=True)
-    ]
+    saved = [present(state_dict["state"].get(number, {})) for number in numbers]
     # Everything is checked before anything is written.
-    for (subgroup, member), saved in loads:
-        check_saved(subgroup, member, saved)
-    for (subgroup, member), saved in loads:
-        load_member(subgroup, member, saved)
+    for group in saved_groups:
+        check_settings(rule, group)
+    for parameter, state in zip(parameters, saved, strict=True):
+        check_saved(rule, parameter, state)
+    pairs = list(zip(parameters, saved, strict=True))
+    adopt([parameter for parameter, state in pairs if state and parameter not in places])
+    for parameter, state in pairs:
+        if parameter in places:
+            load_member(*places[parameter], state)
     for group, saved_group in zip(groups, saved_groups, strict=True):
         group.update({key: value for key, value in saved_group.items() if key != "params"})
 
@@ -44,10 +59,22 @@ def present(saved: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]
     return {name: tensor for name, tensor in saved.items() if tensor is not None}
 
 
-def check_saved(subgroup: SubgroupState, member: Member, saved: Mapping[str, torch.Tensor]) -> None:
+def check_settings(rule: UpdateRule, group: Mapping[str, Any]) -> None:
+    """Refuse a saved group whose settings ask for another update than the rule's."""
+    for name, value in NOT_OURS.items():
+        if group.get(name, value) != value:
+            raise ValueError(
+                f"the state dict was trained with {name}={group[name]}, which the rule {rule.name} "
+                f"does not know: it updates as with {name}={value}"
+            )
+
+
+def check_saved(
+    rule: UpdateRule, parameter: torch.Tensor, saved: Mapping[str, torch.Tensor]
+) -> None:
     """Refuse state that lacks a moment or has another shape."""
-    shape = local(member.parameter).shape
-    for name in subgroup.layout.rule.moments if saved else ():
+    shape = local(parameter).shape
+    for name in rule.moments if saved else ():
         if name not in saved:
             raise ValueError(
                 f"the state dict lacks {name!r} for a parameter of shape {tuple(shape)}; it has "

@@ -16,8 +16,8 @@ from interlace.offload.memory import (
     available_host_bytes,
 )
 from interlace.offload.options import OffloadOptions, Strategy
-from interlace.offload.performance_model import fixed_homes, predict_homes, solve
-from interlace.offload.schedule import Home, MemoryBudget, Schedule, Subgroup
+from interlace.offload.performance_model import fixed_homes, predict_homes, rates_of, solve
+from interlace.offload.schedule import Home, MemoryBudget, MemoryShortage, Schedule, Subgroup
 
 logger = logging.getLogger(__name__)
 
@@ -49,38 +49,54 @@ class Placement:
         self.budget = budget
         self.schedule: Schedule | None = None
         needs_none = fixed_homes(strategy, 0, options.stride) is not None
-        if profile is None and not needs_none:
-            profile = known_profile(device, logger.info)
+        if not needs_none:
+            profile = profile or known_profile(device, logger.info)
+            # Without rates there is nothing to decide by.
+            rates_of(profile)
         self.profile = profile
 
-    def allowed(self) -> MemoryBudget:
-        """Return what state may occupy: as given, else shares of what is free now."""
+    def allowed(self, held: MemoryBudget) -> MemoryBudget:
+        """Return what state may occupy: as given, else shares of what is free now and what it holds
+        already.
+        """
         if self.budget is not None:
             return self.budget
         ranks = local_ranks()
         host = int(HOST_SHARE * available_host_bytes() / ranks)
         free = available_device_bytes(self.device) // (ranks if self.device.type == "cpu" else 1)
         share = 1.0 if self.strategy == "none" else DEVICE_SHARE
-        return MemoryBudget(device_bytes=int(share * free), host_bytes=host)
+        return MemoryBudget(int(share * free) + held.device_bytes, host + held.host_bytes)
 
-    def choose(self, subgroups: Sequence[Subgroup]) -> tuple[Home, ...]:
+    def choose(
+        self,
+        subgroups: Sequence[Subgroup],
+        present: Sequence[Subgroup] = (),
+        homes_of_present: Sequence[Home] = (),
+    ) -> tuple[Home, ...]:
         """Return a home for every subgroup; those without elements need none and get any.
+
+        Args:
+            subgroups: All there are to be.
+            present: Those that occupy memory already.
+            homes_of_present: Where.
 
         Raises:
             MemoryShortage: State does not fit.
         """
+        held = memory_needs(present, homes_of_present, self.options.staging_slots)
         filled = [number for number, subgroup in enumerate(subgroups) if subgroup.elements]
         homes = [Home.RESIDENT] * len(subgroups)
         if not filled:
             return tuple(homes)
         shapes = [subgroups[number] for number in filled]
-        for number, home in zip(filled, self.homes_of(shapes), strict=True):
+        chosen = self.homes_of(shapes, self.allowed(held))
+        for number, home in zip(filled, chosen, strict=True):
             homes[number] = home
         return tuple(homes)
 
-    def homes_of(self, shapes: Sequence[Subgroup]) -> Sequence[Home]:
+    def homes_of(self, shapes: Sequence[Subgroup], budget: MemoryBudget) -> Sequence[Home]:
         """Return homes, and remember the schedule that predicts their times."""
-        budget, options = self.allowed(), self.options
+        options = self.options
         if self.profile is None or self.profile.rates is None:
             fixed = fixed_homes(self.strategy, len(shapes), options.stride)
             assert fixed is not None, "a profile was measured where the strategy needs one"
@@ -101,29 +117,45 @@ class Placement:
         self, subgroups: Sequence[Subgroup], homes: tuple[Home, ...], profile: HardwareProfile
     ) -> tuple[Home, ...]:
         """Return homes under corrected rates; the present ones unless others gain enough."""
-        old = self.schedule
-        assert old is not None, "only predicted schedules are found wrong"
+        present = self.schedule
+        assert present is not None, "only predicted schedules are found wrong"
         self.profile = profile
-        stay = predict_homes(profile, old, self.options.hidden_window)
-        chosen = self.choose(subgroups)
+        stay = predict_homes(profile, present, self.options.hidden_window)
+        try:
+            chosen = self.choose(subgroups, subgroups, homes)
+        except MemoryShortage:
+            # Sums in float32 that nobody had announced may have filled the budget.
+            chosen = homes
         assert self.schedule is not None
         gain = 1 - self.schedule.prediction.update_seconds / stay.prediction.update_seconds
         if chosen == homes or gain < WORTHWHILE:
             self.schedule = stay
             logger.info("homes stay as they are; the prediction is corrected")
             return homes
-        moved = sum(old is not new for old, new in zip(homes, chosen, strict=True))
+        moved = sum(before is not after for before, after in zip(homes, chosen, strict=True))
         logger.info("%d subgroups take another home: %.0f%% less time", moved, 100 * gain)
         return chosen
 
     def give_back(
-        self, subgroups: Sequence[Subgroup], homes: Sequence[Home], device_bytes: int
+        self, subgroups: Sequence[Subgroup], homes: tuple[Home, ...], device_bytes: int
     ) -> tuple[Home, ...]:
-        """Return homes that occupy so much less of the device."""
+        """Return homes that occupy so much less of the device; the present ones where no others
+        fit, or where the strategy leaves no choice.
+        """
         slots = self.options.staging_slots
-        occupied = memory_needs(subgroups, homes, slots).device_bytes
-        self.budget = MemoryBudget(max(0, occupied - device_bytes), self.allowed().host_bytes)
-        chosen = self.choose(subgroups)
-        freed = occupied - memory_needs(subgroups, chosen, slots).device_bytes
+        held = memory_needs(subgroups, homes, slots)
+        before, self.budget = (
+            self.budget,
+            MemoryBudget(max(0, held.device_bytes - device_bytes), self.allowed(held).host_bytes),
+        )
+        try:
+            chosen = self.choose(subgroups, subgroups, homes)
+        except MemoryShortage:
+            self.budget = before
+            logger.warning(
+                "device memory is short, and strategy %s cannot give any back", self.strategy
+            )
+            return homes
+        freed = held.device_bytes - memory_needs(subgroups, chosen, slots).device_bytes
         logger.info("device memory is short: %s bytes of state leave it", f"{freed:,}")
         return chosen

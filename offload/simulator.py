@@ -7,6 +7,7 @@ time; a memory controller serves small demands in full and divides the rest equa
 beats the lower bound of `performance_model`.
 """
 
+import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -26,9 +27,12 @@ class Piece:
         bytes: What it moves or touches.
         seconds: How long it takes alone.
         dram: Bytes of host memory it reads and writes.
-        urgent: Whether it goes before pieces that were ready earlier.
+        urgent: Whether it goes before all pieces of its lane that are not.
         waits: Pieces that must end before.
         followers: Pieces that wait for this one.
+        left: Share of it that is still to do.
+        start: When it began.
+        number: Its place in the order of submission.
     """
 
     lane: str
@@ -42,6 +46,7 @@ class Piece:
     followers: list["Piece"] = field(default_factory=list)
     left: float = 1.0
     start: float = 0.0
+    number: int = 0
 
     def after(self, *earlier: "Piece") -> "Piece":
         """Wait for other pieces; return this one."""
@@ -49,6 +54,10 @@ class Piece:
             piece.followers.append(self)
             self.waits += 1
         return self
+
+
+Queues = dict[str, list[tuple[bool, int, Piece]]]
+"""Pieces that are ready, by lane: a heap each, in the order of `lanes.Lane`."""
 
 
 def simulate(schedule: Schedule, profile: HardwareProfile) -> Timeline:
@@ -65,8 +74,9 @@ def simulate(schedule: Schedule, profile: HardwareProfile) -> Timeline:
 def play(schedule: Schedule, rates: OffloadRates) -> Timeline:
     """Play one update on a machine with these rates."""
     pieces = with_overhead(pieces_of(schedule, rates), rates)
-    queues: dict[str, deque[Piece]] = {lane: deque() for lane in ("h2d", "d2h", "cpu", "device")}
-    for piece in pieces:
+    queues: Queues = {lane: [] for lane in ("h2d", "d2h", "cpu", "device")}
+    for number, piece in enumerate(pieces):
+        piece.number = number
         if not piece.waits:
             enqueue(piece, queues)
     active: dict[str, Piece] = {}
@@ -75,7 +85,7 @@ def play(schedule: Schedule, rates: OffloadRates) -> Timeline:
     while True:
         for lane, queue in queues.items():
             if lane not in active and queue:
-                active[lane] = queue.popleft()
+                active[lane] = heapq.heappop(queue)[-1]
                 active[lane].start = now
         if not active:
             break
@@ -91,9 +101,7 @@ def play(schedule: Schedule, rates: OffloadRates) -> Timeline:
     return Timeline(tuple(events))
 
 
-def finish(
-    piece: Piece, now: float, events: list[TimelineEvent], queues: dict[str, deque[Piece]]
-) -> None:
+def finish(piece: Piece, now: float, events: list[TimelineEvent], queues: Queues) -> None:
     """Record a finished piece and release what waited for it."""
     events.append(
         TimelineEvent(piece.lane, piece.what, piece.subgroup, piece.start, now, piece.bytes)
@@ -104,12 +112,9 @@ def finish(
             enqueue(follower, queues)
 
 
-def enqueue(piece: Piece, queues: dict[str, deque[Piece]]) -> None:
+def enqueue(piece: Piece, queues: Queues) -> None:
     """Queue a piece that is ready; what holds a staging slot goes before what can wait."""
-    if piece.urgent:
-        queues[piece.lane].appendleft(piece)
-    else:
-        queues[piece.lane].append(piece)
+    heapq.heappush(queues[piece.lane], (not piece.urgent, piece.number, piece))
 
 
 def speeds_of(active: dict[str, Piece], rates: OffloadRates) -> dict[str, float]:

@@ -7,11 +7,12 @@ not kept twice on the device: weights in fp32 are their own master there, and wi
 they are its high plane. On the host, where weights are not, the master is always kept.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from interlace.kernels.update import UpdateRule, merge_master, split_master
@@ -30,11 +31,13 @@ class StateLayout:
         rule: The update rule; it declares its moments.
         moment_dtype: float32, or bfloat16 with stochastic rounding.
         split_master: Keep the master of bfloat16 weights as the weight and a 16-bit remainder.
+        sums_gradients: Keep gradients in float32, because several are summed.
     """
 
     rule: UpdateRule
     moment_dtype: torch.dtype = torch.float32
     split_master: bool = False
+    sums_gradients: bool = False
 
     def splits(self, weight: torch.dtype) -> bool:
         """Whether weights of this dtype have a split master."""
@@ -53,6 +56,10 @@ class StateLayout:
             slabs[MASTER] = weight if self.weight_is_master(weight) else torch.float32
         moment = torch.float64 if weight is torch.float64 else self.moment_dtype
         return slabs | dict.fromkeys(self.rule.moments, moment)
+
+    def gradient_dtype(self, weight: torch.dtype) -> torch.dtype:
+        """Return the dtype in which gradients of such weights are kept."""
+        return torch.promote_types(weight, torch.float32) if self.sums_gradients else weight
 
     def footprint(self, weight: torch.dtype, gradient: torch.dtype) -> Footprint:
         """Return bytes per parameter, for the performance model."""
@@ -82,7 +89,9 @@ class Member:
     parameter: torch.Tensor
     start: int
     stop: int
-    step: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32))
+    step: torch.Tensor = field(
+        default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu")
+    )
     arrivals: int = 0
     square: torch.Tensor | None = None
     version: int = -1
@@ -119,6 +128,7 @@ class SubgroupState:
         index: Its number, in the order of updates.
         group: The parameter group of the optimizer, live: hyperparameters are read at every step.
         first_element: Where it begins in the rank's flattened parameter group.
+        rounding_seed: Tells the stochastic rounding of this group and shard from all others'.
         home: Where the slabs are.
         slabs: State by name.
         gradient: 1-D, in the weights' dtype or float32, on the host for home `host`.
@@ -135,6 +145,7 @@ class SubgroupState:
         layout: StateLayout,
         host: HostSlabs,
         first_element: int,
+        rounding_seed: int,
     ) -> None:
         self.index = -1
         self.members = tuple(members)
@@ -142,13 +153,14 @@ class SubgroupState:
         self.layout = layout
         self.host = host
         self.first_element = first_element
+        self.rounding_seed = rounding_seed
         self.weight_dtype = members[0].parameter.dtype
-        self.gradient_dtype = self.weight_dtype
+        self.gradient_dtype = layout.gradient_dtype(self.weight_dtype)
         self.device = local(members[0].parameter).device
         self.elements = members[-1].stop
         self.home = Home.HOST
         self.slabs: dict[str, torch.Tensor] = {}
-        self.gradient = torch.empty(0)
+        self.gradient = torch.empty(0, device="cpu")
         self.upload: torch.Tensor | None = None
         self.arriving: list[Ticket] = []
         self.updating: list[Ticket] = []
@@ -210,13 +222,6 @@ class SubgroupState:
                 self.copy_weights_into(moved[name])
         gradient = self.allocate(self.gradient_dtype, on_device=home is not Home.HOST)
         gradient.copy_(self.gradient)
-        kept = {id(slab) for slab in moved.values()}
-        dropped = [*self.slabs.values(), self.gradient]
-        if self.upload is not None and self.upload is not self.slabs.get(MASTER):
-            dropped.append(self.upload)
-        for slab in dropped:
-            if id(slab) not in kept:
-                self.host.release(slab)
         self.home, self.slabs, self.gradient = home, moved, gradient
         self.make_upload()
 
@@ -224,14 +229,13 @@ class SubgroupState:
         """Keep the gradient in float32 from now on: several are going to be summed."""
         for ticket in self.arriving:
             ticket.wait()
-        wide = torch.float64 if self.weight_dtype is torch.float64 else torch.float32
+        wide = torch.promote_types(self.weight_dtype, torch.float32)
         if self.gradient_dtype is wide:
             return
         self.gradient_dtype = wide
         narrow = self.gradient
         self.gradient = self.allocate(wide, on_device=self.home is not Home.HOST)
         self.gradient.copy_(narrow)
-        self.host.release(narrow)
 
     def copy_weights_into(self, slab: torch.Tensor) -> None:
         """Copy the model's weights into a slab."""
@@ -255,6 +259,13 @@ class SubgroupState:
                 changed = master.to(weight.dtype) != weight
                 self.keep_master(member, torch.where(changed, weight.to(master.dtype), master))
             member.version = version_of(member.parameter)
+
+    def notice_other_writers(self) -> None:
+        """Take weights over that somebody else has written since our last update; with no work
+        under way. Writes through `Tensor.data` leave no trace and are not noticed.
+        """
+        if any(version_of(member.parameter) != member.version for member in self.members):
+            self.read_weights()
 
     @property
     def splits(self) -> bool:
@@ -326,31 +337,52 @@ def rounded(master: torch.Tensor, dtype: torch.dtype, splits: bool) -> torch.Ten
 
 
 def version_of(parameter: torch.Tensor) -> int:
-    """Return the version counter of a parameter's local memory."""
-    return local(parameter)._version
+    """Return a number that changes with every write to a parameter; a `DTensor` counts what is
+    written through itself and what is written to its local memory apart.
+    """
+    inner = local(parameter)._version
+    return inner + parameter._version if isinstance(parameter, DTensor) else inner
 
 
 def cut(
-    groups: Sequence[dict[str, object]], layout: StateLayout, host: HostSlabs, elements: int
+    groups: Sequence[dict[str, Any]],
+    layout: StateLayout,
+    host: HostSlabs,
+    elements: int,
+    is_new: Callable[[torch.Tensor], bool],
+    existing: Sequence[SubgroupState],
 ) -> list[SubgroupState]:
-    """Cut the parameters of all groups into subgroups of about `elements` elements.
+    """Cut the new parameters of all groups into subgroups of about `elements` elements.
 
     A parameter is never cut: one larger than `elements` is a subgroup of its own. Groups and dtypes
     do not mix.
     """
     subgroups: list[SubgroupState] = []
-    for group in groups:
-        first = 0
-        for members in cut_group(group, elements):
-            subgroups.append(SubgroupState(members, group, layout, host, first))
+    for number, group in enumerate(groups):
+        first = sum(subgroup.elements for subgroup in existing if subgroup.group is group)
+        parameters = [
+            parameter for parameter in dict.fromkeys(group["params"]) if is_new(parameter)
+        ]
+        for members in cut_group(parameters, elements):
+            seed = (number << 24) + shard_number(members[0].parameter)
+            subgroups.append(SubgroupState(members, group, layout, host, first, seed))
             first += members[-1].stop
     return subgroups
 
 
-def cut_group(group: Mapping[str, object], elements: int) -> Iterator[list[Member]]:
-    """Yield the members of each subgroup of one parameter group."""
-    parameters = group["params"]
-    assert isinstance(parameters, list)
+def shard_number(parameter: torch.Tensor) -> int:
+    """Return which shard of a parameter this rank has; replicas have the same number."""
+    number = 0
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for dimension, placement in enumerate(parameter.placements):
+            if not isinstance(placement, Replicate):
+                number = number * mesh.size(dimension) + mesh.get_local_rank(dimension)
+    return number
+
+
+def cut_group(parameters: Sequence[torch.Tensor], elements: int) -> Iterator[list[Member]]:
+    """Yield the members of each subgroup of some parameters."""
     taken: list[Member] = []
     for parameter in parameters:
         start, size = (taken[-1].stop if taken else 0), local(parameter).numel()

@@ -121,18 +121,27 @@ def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type == "cpu" and tensor.dtype in FLOATS:
         from interlace.kernels.update.cpu import squares
 
-        return torch.tensor(squares(as_array(tensor)), dtype=torch.float64)
+        return torch.tensor(squares(as_array(tensor)), dtype=torch.float64, device="cpu")
     return tensor.double().square().sum()
 
 
-def warm_up(rule: UpdateRule, weight: torch.dtype, moment: torch.dtype) -> None:
+def warm_up(
+    rule: UpdateRule, weight: torch.dtype, moment: torch.dtype, split_master: bool = False
+) -> None:
     """Compile (or load from disk) what updates of such weights will need on the CPU."""
     if weight is torch.float64:
         return
+
+    def one(dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(1, dtype=dtype, device="cpu")
+
     for gradient in {weight, torch.float32}:
-        one = torch.zeros(1, dtype=gradient)
-        master = torch.zeros(1)
-        moments = tuple(torch.zeros(1, dtype=moment) for _ in rule.moments)
-        target = None if weight is torch.float32 else torch.zeros(1, dtype=weight)
-        update(rule, Slab(one, master, moments, target), Step(1, 1.0, rule.hyperparameters()))
-        sum_of_squares(one)
+        slab = Slab(
+            gradient=one(gradient),
+            master=one(weight if split_master else torch.float32),
+            moments=tuple(one(moment) for _ in rule.moments),
+            weight=None if split_master or weight is torch.float32 else one(weight),
+            remainder=one(torch.int16) if split_master else None,
+        )
+        update(rule, slab, Step(1, 1.0, rule.hyperparameters()))
+        sum_of_squares(slab.gradient)
