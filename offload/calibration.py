@@ -65,7 +65,13 @@ class Calibration:
                 before = self.slowness.get(lane, ratio)
                 self.slowness[lane] = (1 - SMOOTHING) * before + SMOOTHING * ratio
         predicted = schedule.prediction.update_seconds
-        apart = abs(report.update_seconds - predicted) > TOLERANCE * predicted
+        if report.spread_over_backward:
+            # Its length is that of backward; what its lanes needed still tells of the machine.
+            expected_of = self.expected(schedule).busy_seconds
+            off = max(abs(measured[lane] - expected_of[lane]) for lane in expected_of)
+        else:
+            off = abs(report.update_seconds - predicted)
+        apart = off > TOLERANCE * predicted
         self.off = self.off + 1 if apart else 0
         self.rest = max(0, self.rest - 1)
         return self.off >= PATIENCE and self.rest == 0

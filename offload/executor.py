@@ -123,7 +123,8 @@ class Executor:
                 tickets = [self.on_device(work, subgroup.slabs, (self.lanes.current_work(),))]
                 subgroup.weights_ready = tickets[0]
         subgroup.updating = tickets
-        subgroup.arriving = []
+        for member in work.arrived:
+            member.arriving = None
 
     def on_host(self, work: Work) -> list[Ticket]:
         """Update on the CPU, then copy the weights up."""
@@ -179,16 +180,18 @@ class Executor:
             what="copy in",
             subgroup=subgroup.index,
             bytes=size,
-            after=(*slot.freed, *subgroup.updating),
+            after=(issued, *slot.freed, *subgroup.updating),
+            completely=True,
         )
         # What holds a slot goes before resident subgroups, which can wait.
-        updated = self.on_device(work, inside, (copied_in, issued), urgent=True)
+        updated = self.on_device(work, inside, (copied_in, issued), in_slot=True)
         copied_out = self.lanes.d2h.submit(
             partial(copy_all, subgroup.slabs, inside),
             what="copy out",
             subgroup=subgroup.index,
             bytes=size,
             after=(updated,),
+            completely=True,
         )
         slot.freed = (copied_out,)
         return [copied_in, updated, copied_out]
@@ -198,7 +201,7 @@ class Executor:
         work: Work,
         slabs: Mapping[str, torch.Tensor],
         after: Sequence[Ticket],
-        urgent: bool = False,
+        in_slot: bool = False,
     ) -> Ticket:
         """Update slabs that are on the device."""
         subgroup = work.subgroup
@@ -208,7 +211,8 @@ class Executor:
             subgroup=subgroup.index,
             bytes=subgroup.elements * subgroup.shape.footprint.device_update,
             after=(*after, *subgroup.updating),
-            urgent=urgent,
+            urgent=in_slot,
+            completely=in_slot,
         )
 
 

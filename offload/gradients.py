@@ -3,22 +3,39 @@
 A hook on every parameter takes its gradient over: to the host for subgroups that the CPU updates,
 beside the rest of backward; into the subgroup's slab on the device for the others. `Tensor.grad` is
 then cleared, so device memory for gradients never grows to the size of the model. Gradients of
-several backward passes are summed in float32 where they live. Sums of squares are taken on the
-device, where the gradient is made.
+several backward passes are summed in float32 where they live: those for the host land in a small
+ring of buffers, piece by piece, and are added by the threads that update. Sums of squares are taken
+on the device, where the gradient is made.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as distributed
 from torch.distributed.tensor import DTensor, Replicate
 
-from interlace.kernels.update import sum_of_squares
+from interlace.kernels.update import accumulate, sum_of_squares
 from interlace.offload.lanes import Lanes, Ticket
 from interlace.offload.memory import HostSlabs
 from interlace.offload.schedule import Home
 from interlace.offload.subgroup import Member, SubgroupState, local
+
+LANDINGS = 4
+"""Buffers that gradients to be added land in: copies go on while the CPU adds."""
+
+LANDING_BYTES = 64 * 2**20
+"""Size of each; longer gradients come in pieces."""
+
+
+@dataclass
+class Landing:
+    """Host memory for a piece of a gradient, and the sum that reads it."""
+
+    memory: torch.Tensor
+    read: Ticket | None = None
 
 
 class Gradients:
@@ -36,12 +53,7 @@ class Gradients:
         self.lanes = lanes
         self.host = host
         self.completed = completed
-        self.landing: torch.Tensor | None = None
-        self.landed: Ticket | None = None
-
-    def reset(self) -> None:
-        """Forget the last copy; nothing is under way."""
-        self.landed = None
+        self.landings = deque(Landing(host.empty(0, torch.uint8)) for _ in range(LANDINGS))
 
     def take(self, subgroup: SubgroupState, member: Member) -> None:
         """Take over the gradient of one parameter, as left by backward in `Tensor.grad`."""
@@ -53,6 +65,9 @@ class Gradients:
                 "dense gradients can be offloaded (nn.Embedding with sparse=False)"
             )
         gradient = local(gradient).reshape(-1)
+        if gradient.is_cuda:
+            # It may come from another stream, FSDP2's reductions for one.
+            gradient.record_stream(torch.cuda.current_stream(gradient.device))
         member.arrivals += 1
         if member.arrivals > 1:
             subgroup.widen_gradient()
@@ -63,36 +78,68 @@ class Gradients:
                 ticket.wait_on_stream()
             merge(piece, gradient, member.arrivals)
         elif member.arrivals == 1:
-            self.send(subgroup, piece, gradient)
+            self.send(subgroup, member, piece, gradient)
         else:
-            self.add(subgroup, piece, gradient)
+            self.add(subgroup, member, piece, gradient)
         member.parameter.grad = None
         self.completed(subgroup)
 
-    def send(self, subgroup: SubgroupState, piece: torch.Tensor, gradient: torch.Tensor) -> None:
+    def send(
+        self, subgroup: SubgroupState, member: Member, piece: torch.Tensor, gradient: torch.Tensor
+    ) -> None:
         """Copy a gradient to its place on the host, beside backward."""
-        before = (self.lanes.current_work(), *subgroup.updating, *subgroup.arriving)
-        subgroup.arriving.append(self.copy_out(subgroup, piece, gradient, before))
+        before = [self.lanes.current_work(), *subgroup.updating]
+        # A gradient that was dropped may still be on its way.
+        before += [member.arriving] if member.arriving is not None else []
+        member.arriving = self.copy_out(subgroup, piece, gradient, before)
 
-    def add(self, subgroup: SubgroupState, piece: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Copy a gradient to the host and add it to what came before."""
-        landing = self.landing_for(gradient)
-        before = [self.lanes.current_work(), *subgroup.arriving]
-        if self.landed is not None:
-            before.append(self.landed)
-        arrived = self.copy_out(subgroup, landing, gradient, before)
+    def add(
+        self, subgroup: SubgroupState, member: Member, piece: torch.Tensor, gradient: torch.Tensor
+    ) -> None:
+        """Copy a gradient to the host, piece by piece, and add it to what came before."""
+        if not gradient.numel():
+            return
+        step = LANDING_BYTES // gradient.element_size()
+        for part, target in zip(gradient.split(step), piece.split(step), strict=True):
+            landing = self.free_landing(part.numel() * part.element_size())
+            room = landing.memory.view(part.dtype)[: part.numel()]
+            before = [self.lanes.current_work()]
+            before += [member.arriving] if member.arriving is not None else []
+            arrived = self.copy_out(subgroup, room, part, before)
+            member.arriving = landing.read = self.add_up(subgroup, target, room, arrived)
+
+    def add_up(
+        self, subgroup: SubgroupState, total: torch.Tensor, values: torch.Tensor, arrived: Ticket
+    ) -> Ticket:
+        """Submit one sum on the threads of the CPU lane."""
 
         def add() -> None:
-            piece.add_(landing)
+            self.lanes.pool.over_range(
+                total.numel(), lambda start, stop: accumulate(total[start:stop], values[start:stop])
+            )
 
-        self.landed = self.lanes.cpu.submit(
-            add,
-            what="gradient sum",
-            subgroup=subgroup.index,
-            bytes=2 * piece.numel() * piece.element_size(),
-            after=(arrived,),
+        size = 2 * total.numel() * total.element_size() + values.numel() * values.element_size()
+        return self.lanes.cpu.submit(
+            add, what="gradient sum", subgroup=subgroup.index, bytes=size, after=(arrived,)
         )
-        subgroup.arriving.append(self.landed)
+
+    def free_landing(self, size: int) -> Landing:
+        """Return the landing that was used longest ago, once it has been read: backward may not run
+        ahead of the sums with ever more gradients on the device.
+        """
+        landing = self.landings.popleft()
+        if landing.read is not None:
+            landing.read.wait()
+        if landing.memory.numel() < size:
+            # A power of two fits every dtype, and few sizes come.
+            landing.memory = self.host.empty(1 << (size - 1).bit_length(), torch.uint8)
+        self.landings.append(landing)
+        return landing
+
+    def reset(self) -> None:
+        """Forget what was under way; nothing is any more."""
+        for landing in self.landings:
+            landing.read = None
 
     def copy_out(
         self,
@@ -104,7 +151,7 @@ class Gradients:
         """Submit one copy from the device to the host."""
 
         def copy() -> None:
-            if gradient.device.type == "cuda":
+            if gradient.is_cuda:
                 # Its memory must not be given to others before the copy has read it.
                 gradient.record_stream(torch.cuda.current_stream(gradient.device))
             target.copy_(gradient, non_blocking=True)
@@ -116,17 +163,6 @@ class Gradients:
             bytes=gradient.numel() * gradient.element_size(),
             after=before,
         )
-
-    def landing_for(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return host memory for one gradient that is to be added; one buffer serves all."""
-        size = gradient.numel()
-        if self.landing is None or self.landing.numel() < size:
-            if self.landed is not None:
-                self.landed.wait()
-            self.landing = self.host.empty(size, gradient.dtype)
-        if self.landing.dtype is not gradient.dtype:
-            return self.host.empty(size, gradient.dtype)
-        return self.landing[:size]
 
 
 def merge(piece: torch.Tensor, gradient: torch.Tensor, arrivals: int) -> None:
@@ -148,8 +184,8 @@ def squares_of(subgroups: Iterable[SubgroupState]) -> list[tuple[Member, torch.T
             if not member.arrivals:
                 continue
             if member.square is None:
-                for ticket in subgroup.arriving:
-                    ticket.wait()
+                if member.arriving is not None:
+                    member.arriving.wait()
                 member.square = sum_of_squares(subgroup.gradient[member.start : member.stop])
             squares.append((member, member.square))
     return squares
@@ -157,7 +193,7 @@ def squares_of(subgroups: Iterable[SubgroupState]) -> list[tuple[Member, torch.T
 
 def all_finite(subgroup: SubgroupState) -> bool:
     """Whether all gradients of a subgroup that came are finite, on this rank."""
-    return all(bool(torch.isfinite(square)) for _, square in squares_of([subgroup]))
+    return bool(torch.isfinite(sum_in_order([square for _, square in squares_of([subgroup])])))
 
 
 def global_norm(subgroups: Iterable[SubgroupState], parameters: Iterable[torch.Tensor]) -> float:
@@ -187,10 +223,15 @@ def global_norm(subgroups: Iterable[SubgroupState], parameters: Iterable[torch.T
 
 
 def sum_in_order(squares: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the sum on the CPU, in the order given, with one transfer."""
+    """Return the sum on the CPU, in the order given, with one transfer; sums of gradients on the
+    host are there already.
+    """
     if not squares:
         return torch.zeros((), dtype=torch.float64, device="cpu")
-    return torch.stack([square.reshape(()) for square in squares]).cpu().cumsum(0)[-1]
+    away = [square.reshape(()) for square in squares if square.device.type != "cpu"]
+    fetched = iter(torch.stack(away).cpu() if away else ())
+    here = [square if square.device.type == "cpu" else next(fetched) for square in squares]
+    return torch.stack([square.reshape(()) for square in here]).cumsum(0)[-1]
 
 
 def sharding_groups(parameter: torch.Tensor) -> tuple[distributed.ProcessGroup, ...]:

@@ -106,11 +106,12 @@ class Ticket:
 class Piece:
     """Work that is ready; urgent work goes first, then what was submitted first."""
 
-    urgency: int
+    patient: bool
     number: int
     ticket: Ticket = field(compare=False)
     work: Callable[[], None] = field(compare=False)
     after: Sequence[Ticket] = field(compare=False)
+    completely: bool = field(compare=False)
 
 
 class Lane:
@@ -135,13 +136,23 @@ class Lane:
         bytes: int = 0,
         after: Sequence[Ticket] = (),
         urgent: bool = False,
+        completely: bool = False,
     ) -> Ticket:
         """Do `work` once all of `after` is settled; return its ticket at once.
 
-        Urgent work goes before all that is not.
+        Args:
+            work: Runs on the lane's thread.
+            what: For traces.
+            subgroup: For traces.
+            bytes: For traces, and for a limited rate.
+            after: What has to be done before.
+            urgent: Go before all work that is not.
+            completely: On a CUDA stream: settle with the work's end instead of its issue, so that
+                what follows on other lanes does not stand in their streams before it could run, in
+                the way of what can.
         """
         ticket = Ticket(self.name, what, subgroup, bytes)
-        piece = Piece(0 if urgent else 1, next(self._numbers), ticket, work, after)
+        piece = Piece(not urgent, next(self._numbers), ticket, work, after, completely)
         remaining = [len(after)]
         guard = threading.Lock()
 
@@ -183,16 +194,17 @@ class Lane:
                 if not self._ready:
                     return
                 piece = heapq.heappop(self._ready)
-            self._do(piece.ticket, piece.work, piece.after)
+            self._do(piece)
             # Waiting for the next piece must not keep the last one's tensors alive.
             del piece
 
-    def _do(self, ticket: Ticket, work: Callable[[], None], after: Sequence[Ticket]) -> None:
+    def _do(self, piece: Piece) -> None:
+        ticket = piece.ticket
         try:
-            for dependency in after:
+            for dependency in piece.after:
                 self._follow(dependency)
             ticket.start = time.perf_counter()
-            self._perform(ticket, work)
+            self._perform(piece)
             ticket.stop = time.perf_counter()
         except BaseException as error:
             ticket.settle(error)
@@ -203,9 +215,10 @@ class Lane:
         """Wait for a settled dependency's work on the device; raise if it failed."""
         dependency.wait()
 
-    def _perform(self, ticket: Ticket, work: Callable[[], None]) -> None:
-        work()
+    def _perform(self, piece: Piece) -> None:
+        piece.work()
         if self.bytes_per_second is not None:
+            ticket = piece.ticket
             rest = ticket.start + ticket.bytes / self.bytes_per_second - time.perf_counter()
             if rest > 0:
                 time.sleep(rest)
@@ -224,14 +237,18 @@ class StreamLane(Lane):
         if dependency.ended is not None:
             self.stream.wait_event(dependency.ended)
 
-    def _perform(self, ticket: Ticket, work: Callable[[], None]) -> None:
+    def _perform(self, piece: Piece) -> None:
+        ticket = piece.ticket
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             ticket.began = torch.cuda.Event(enable_timing=True)
-            ended = torch.cuda.Event(enable_timing=True)
+            # Who waits for it on the host sleeps: its core belongs to updates.
+            ended = torch.cuda.Event(enable_timing=True, blocking=True)
             ticket.began.record(self.stream)
-            work()
+            piece.work()
             ended.record(self.stream)
             ticket.ended = ended
+            if piece.completely:
+                ended.synchronize()
 
 
 class CpuPool:

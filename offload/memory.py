@@ -74,11 +74,14 @@ def pages_for(size: int) -> Pages:
     if not hasattr(mmap, "MAP_PRIVATE"):
         return Pages(-1, size)
     pages = Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # A kernel that is built without huge pages refuses.
-        with suppress(OSError):
-            pages.madvise(mmap.MADV_HUGEPAGE)
+    advise(pages, "MADV_HUGEPAGE")
     return pages
+
+
+def advise(pages: Pages, advice: str) -> None:
+    """Tell the kernel how pages are used, if it knows the word."""
+    with suppress(OSError, AttributeError):
+        pages.madvise(getattr(mmap, advice))
 
 
 class HostSlabs:
@@ -105,8 +108,11 @@ class HostSlabs:
         pages = pages_for(size)
         slab = torch.frombuffer(pages, dtype=dtype, count=elements)
 
+        # Not by torch, which would start threads of its own on every thread of the pool.
+        array = slab.view(torch.uint8).numpy()
+
         def touch(start: int, stop: int) -> None:
-            slab[start:stop].zero_()
+            array[start * dtype.itemsize : stop * dtype.itemsize].fill(0)
 
         self.pool.over_range(elements, touch)
         if self.pin:
@@ -122,11 +128,16 @@ def register(pages: Pages, address: int, size: int) -> None:
     """
     status = int(runtime().cudaHostRegister(address, size, 0))
     if status != 0:
+        # CUDA reports an error once more with the next launch, whoever makes it.
+        with suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
         raise MemoryShortage(
             f"the system refuses to pin {size:,} bytes of host memory (CUDA status {status}); "
             "raise the limit (`ulimit -l unlimited`) or lower offload.host_budget_gib"
         )
     pages.pinned_at = address
+    # A forked worker must not make pinned pages move.
+    advise(pages, "MADV_DONTFORK")
 
 
 def runtime() -> Any:

@@ -12,7 +12,7 @@ import torch
 from interlace.offload.calibration import Calibration
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.lanes import Lanes, Ticket
-from interlace.offload.report import Clock, UpdateReport, report_of
+from interlace.offload.report import UpdateReport, clock_for, report_of
 from interlace.offload.schedule import Schedule
 from interlace.offload.subgroup import SubgroupState
 
@@ -38,14 +38,15 @@ class Monitor:
         watch = recalibrate and profile is not None and profile.rates is not None
         self._calibration = Calibration(profile) if watch and profile is not None else None
         self._tickets: list[Ticket] = []
-        self._clock = Clock(time.perf_counter(), None)
+        self._zero = time.perf_counter()
         self._blocked_before = 0.0
+        self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._number = 0
         self._retries = allocation_retries(lanes.device)
 
     def begin(self) -> None:
         """Set the zero of a step's timeline."""
-        self._clock = Clock(time.perf_counter(), self.lanes.current_work().ended)
+        self._zero = time.perf_counter()
 
     def reset(self) -> None:
         """Forget an update that was given up."""
@@ -58,22 +59,45 @@ class Monitor:
 
     @contextmanager
     def waiting(self) -> Generator[None]:
-        """Count the time spent inside as exposed."""
-        start = time.perf_counter()
+        """Count the time spent inside as exposed: the caller's, or the device's where there is one,
+        whose streams wait while the host goes on.
+        """
+        start, stalled = time.perf_counter(), self._mark()
         try:
             yield
         finally:
             self.blocked_seconds += time.perf_counter() - start
+            resumed = self._mark()
+            if stalled is not None and resumed is not None:
+                self._stalls.append((stalled, resumed))
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """Record where the current stream is, on a GPU."""
+        if self.lanes.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.lanes.device))
+        return event
+
+    def _exposed(self) -> float:
+        """Return the seconds that were exposed since the last call. What the device has not come to
+        yet counts the next time: to wait for it would expose more.
+        """
+        before, self._blocked_before = self._blocked_before, self.blocked_seconds
+        if self.lanes.device.type != "cuda":
+            return self.blocked_seconds - before
+        passed = [pair for pair in self._stalls if pair[1].query()]
+        self._stalls = self._stalls[len(passed) :]
+        return sum(stalled.elapsed_time(resumed) for stalled, resumed in passed) / 1e3
 
     def finish(self, schedule: Schedule | None) -> bool:
         """Report the update that is complete; return whether homes should be chosen anew."""
         if not self._tickets:
             return False
-        exposed = self.blocked_seconds - self._blocked_before
-        self._blocked_before = self.blocked_seconds
         tickets, self._tickets = self._tickets, []
         prediction = schedule.prediction if schedule is not None else None
-        report = report_of(self._number, tickets, self._clock, exposed, prediction)
+        clock = clock_for(self.lanes, self._zero)
+        report = report_of(self._number, tickets, clock, self._exposed(), prediction)
         self.last = report
         if self.on_report is not None:
             self.on_report(report)

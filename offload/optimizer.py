@@ -501,7 +501,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._settle()
         load_state(self.rule, self.param_groups, self._members, self._adopt, state_dict)
         for subgroup in self.subgroups:
-            subgroup.arriving, subgroup.updating, subgroup.weights_ready = [], [], None
+            subgroup.forget_work()
         self._gradients.reset()
         self._executor.reset()
         self.monitor.reset()

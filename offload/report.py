@@ -1,11 +1,12 @@
 """What one update really took: its timeline as measured, and the prediction beside it."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from interlace.offload.lanes import Ticket
+from interlace.offload.lanes import Lanes, StreamLane, Ticket
 from interlace.offload.schedule import Prediction
 from interlace.offload.timeline import Timeline, TimelineEvent
 
@@ -27,7 +28,7 @@ class UpdateReport:
         number: Updates so far, this one included.
         timeline: Gradients, copies and updates; time 0 is the step's first gradient.
         update_seconds: From the first to the last event, gradients left out.
-        exposed_seconds: How long step and forward waited for it.
+        exposed_seconds: How long step and forward waited for it: the device where there is one.
         prediction: What the performance model expected, if it was asked.
     """
 
@@ -37,9 +38,18 @@ class UpdateReport:
     exposed_seconds: float
     prediction: Prediction | None
 
+    @property
+    def spread_over_backward(self) -> bool:
+        """Whether it began before the last gradient came: then it also waited for gradients."""
+        gradients = [e.stop for e in self.timeline.events if is_gradient(e)]
+        updates = [e.start for e in self.timeline.events if not is_gradient(e)]
+        return bool(gradients and updates) and min(updates) < max(gradients)
+
     def words(self) -> str:
         """Return one line: predicted, measured, and what decides."""
         measured = f"measured {self.update_seconds:.3g} s, {self.exposed_seconds:.3g} s exposed"
+        if self.spread_over_backward:
+            measured += ", spread over backward"
         if self.prediction is None:
             return f"update {self.number}: {measured}"
         return (
@@ -50,20 +60,42 @@ class UpdateReport:
 
 @dataclass(frozen=True)
 class Clock:
-    """The zero of a step's timeline, on the host's clock and on the device's."""
+    """Puts host and device on one time line.
 
-    host: float
-    device: torch.cuda.Event | None
+    Attributes:
+        zero: Time 0 on `time.perf_counter`: a step's first gradient.
+        anchor: An event on the device, complete, or None without one.
+        anchored: When it was seen to be complete, on `time.perf_counter`.
+    """
+
+    zero: float
+    anchor: torch.cuda.Event | None = None
+    anchored: float = 0.0
+
+    def read(self, event: torch.cuda.Event) -> float:
+        """Return when an event was complete, in seconds since the zero."""
+        assert self.anchor is not None
+        return self.anchored - event.elapsed_time(self.anchor) / 1e3 - self.zero
 
     def interval(self, ticket: Ticket) -> tuple[float, float]:
         """Return start and stop of finished work in seconds since the zero."""
-        if ticket.began is None or ticket.ended is None or self.device is None:
-            return ticket.start - self.host, ticket.stop - self.host
-        ticket.ended.synchronize()
-        return (
-            self.device.elapsed_time(ticket.began) / 1e3,
-            self.device.elapsed_time(ticket.ended) / 1e3,
-        )
+        if ticket.began is None or ticket.ended is None:
+            return ticket.start - self.zero, ticket.stop - self.zero
+        return self.read(ticket.began), self.read(ticket.ended)
+
+
+def clock_for(lanes: Lanes, zero: float) -> Clock:
+    """Return a clock to read finished work with; no update is under way.
+
+    The host runs ahead of the device: when an event was recorded says nothing of when the device
+    came to it. The two are tied together where both are known, at the end.
+    """
+    if not isinstance(lanes.compute, StreamLane):
+        return Clock(zero)
+    anchor = torch.cuda.Event(enable_timing=True)
+    anchor.record(lanes.compute.stream)
+    anchor.synchronize()
+    return Clock(zero, anchor, time.perf_counter())
 
 
 def report_of(

@@ -82,6 +82,7 @@ class Member:
         stop: Where they end.
         step: Updates it has had; 0-d float32 on the CPU, as torch's optimizers keep it.
         arrivals: Gradients that came since the last update.
+        arriving: The last copy or sum of its gradient, after which it is all there; or None.
         square: Sum of squares of the only gradient that came, or None.
         version: Version counter of the weight after our last write, to notice others'.
     """
@@ -93,6 +94,7 @@ class Member:
         default_factory=lambda: torch.zeros((), dtype=torch.float32, device="cpu")
     )
     arrivals: int = 0
+    arriving: Ticket | None = None
     square: torch.Tensor | None = None
     version: int = -1
 
@@ -133,7 +135,6 @@ class SubgroupState:
         slabs: State by name.
         gradient: 1-D, in the weights' dtype or float32, on the host for home `host`.
         upload: With home `host`: what is copied to the weights, in their dtype.
-        arriving: Copies of gradients under way.
         updating: All work of the last update.
         weights_ready: The ticket after which the weights are new.
     """
@@ -162,7 +163,6 @@ class SubgroupState:
         self.slabs: dict[str, torch.Tensor] = {}
         self.gradient = torch.empty(0, device="cpu")
         self.upload: torch.Tensor | None = None
-        self.arriving: list[Ticket] = []
         self.updating: list[Ticket] = []
         self.weights_ready: Ticket | None = None
 
@@ -172,6 +172,17 @@ class SubgroupState:
         return Subgroup(
             self.elements, self.layout.footprint(self.weight_dtype, self.gradient_dtype)
         )
+
+    @property
+    def arriving(self) -> list[Ticket]:
+        """What has to be done before all gradients that came are there."""
+        return [member.arriving for member in self.members if member.arriving is not None]
+
+    def forget_work(self) -> None:
+        """Forget what was under way; nothing is any more."""
+        self.updating, self.weights_ready = [], None
+        for member in self.members:
+            member.arriving = None
 
     def wait(self) -> None:
         """Block until no work of this subgroup is under way."""
@@ -227,11 +238,11 @@ class SubgroupState:
 
     def widen_gradient(self) -> None:
         """Keep the gradient in float32 from now on: several are going to be summed."""
-        for ticket in self.arriving:
-            ticket.wait()
         wide = torch.promote_types(self.weight_dtype, torch.float32)
         if self.gradient_dtype is wide:
             return
+        for ticket in self.arriving:
+            ticket.wait()
         self.gradient_dtype = wide
         narrow = self.gradient
         self.gradient = self.allocate(wide, on_device=self.home is not Home.HOST)

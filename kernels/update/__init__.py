@@ -1,6 +1,6 @@
 """Update rules: one formula each, its plain twin, its one-pass CPU kernel and its GPU kernel."""
 
-from interlace.kernels.update.api import sum_of_squares, update, warm_up
+from interlace.kernels.update.api import accumulate, sum_of_squares, update, warm_up
 from interlace.kernels.update.planes import merge_master, split_master
 from interlace.kernels.update.rules import SGD, AdamW, UpdateRule
 from interlace.kernels.update.slab import Slab, Step
@@ -11,6 +11,7 @@ __all__ = [
     "Slab",
     "Step",
     "UpdateRule",
+    "accumulate",
     "merge_master",
     "split_master",
     "sum_of_squares",

@@ -14,6 +14,9 @@ from interlace.kernels.update.slab import Slab, Step, rounding_keys
 
 FLOATS = (torch.float32, torch.bfloat16)
 
+SQUARED_AT_ONCE = 2**24
+"""Elements that are widened to float64 together on a device."""
+
 
 def update(
     rule: UpdateRule, slab: Slab, step: Step, *, start: int = 0, stop: int | None = None
@@ -113,6 +116,18 @@ def as_array(tensor: torch.Tensor) -> Any:
     return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
+def accumulate(total: torch.Tensor, values: torch.Tensor) -> None:
+    """Add values to totals in place: 1-D, equally long; float32 totals, and on a CPU with the GIL
+    free and on the calling thread alone.
+    """
+    if total.device.type == "cpu" and total.dtype is torch.float32 and values.dtype in FLOATS:
+        from interlace.kernels.update.cpu import add
+
+        add(as_array(total), as_array(values))
+    else:
+        total.add_(values)
+
+
 def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of squares of a 1-D tensor, 0-d float64, on its device.
 
@@ -122,7 +137,9 @@ def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
         from interlace.kernels.update.cpu import squares
 
         return torch.tensor(squares(as_array(tensor)), dtype=torch.float64, device="cpu")
-    return tensor.double().square().sum()
+    # In pieces: in float64 a long gradient would take eight bytes per element, twice over.
+    pieces = [piece.double().square().sum() for piece in tensor.split(SQUARED_AT_ONCE)]
+    return torch.stack(pieces).sum()
 
 
 def warm_up(
@@ -145,3 +162,4 @@ def warm_up(
         )
         update(rule, slab, Step(1, 1.0, rule.hyperparameters()))
         sum_of_squares(slab.gradient)
+        accumulate(one(torch.float32), slab.gradient)

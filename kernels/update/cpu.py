@@ -196,4 +196,11 @@ def squares(values):
     return total
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def add(total, values):
+    """Add values (float32, or bfloat16 as its bits) to float32 totals."""
+    for i in range(total.shape[0]):
+        total[i] += read(values, i)
+
+
 KERNELS = {"adamw": adamw, "sgd": sgd}

@@ -17,6 +17,11 @@ from interlace.kernels.update.slab import Slab, Step, rounding_keys
 
 BLOCK = 1024
 
+PLAIN = ["count", "position", "key1", "key2"]
+"""Arguments that change from call to call: a kernel of its own for multiples of 16, or for 1, would
+be compiled in the middle of a run.
+"""
+
 
 @triton.jit
 def noise(position, key):
@@ -78,7 +83,7 @@ def store_master(master, remainder, at, value, mask, split: tl.constexpr):
         tl.store(master + at, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def adamw(
     gradient, master, first, second, weight, remainder, count, scale,
     keep, beta1, rest1, beta2, rest2, root, eps, size,
@@ -100,7 +105,7 @@ def adamw(
         store_nearest(weight + at, w, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN)
 def sgd(
     gradient, master, buffer, weight, remainder, count, scale,
     decay, momentum, of_gradient, of_buffer, lr,
