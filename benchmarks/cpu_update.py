@@ -20,7 +20,7 @@ import torch
 from results import Row, save, table
 
 from interlace.kernels.update import AdamW, Slab, Step, update
-from interlace.offload.lanes import CpuPool
+from interlace.offload.cores import CpuPool
 from interlace.offload.memory import HostSlabs
 from interlace.offload.schedule import Footprint
 

@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from interlace.kernels.update import AdamW, Slab, Step, update
+from interlace.offload.cores import CpuPool, usable_cores
 from interlace.offload.hardware import HardwareProfile, OffloadRates, profile_hardware
-from interlace.offload.lanes import CpuPool, Lanes, Ticket, usable_cores
+from interlace.offload.lanes import Lanes, Ticket
 from interlace.offload.memory import HostSlabs
 from interlace.offload.schedule import Footprint
 
@@ -34,7 +36,7 @@ FOOTPRINT = Footprint(weight=2, gradient=2, state=12)
 
 def measure(device: torch.device, announce: Announce, trials: int = 5) -> HardwareProfile:
     """Measure everything; `announce` gets a line before each part."""
-    pool = CpuPool()
+    pool = CpuPool(device=device)
     try:
         return Measurement(device, pool, announce, trials).profile()
     finally:
@@ -223,9 +225,11 @@ class Measurement:
         """
         source = self.host.empty(64 * 2**20, torch.float32)
         target = self.host.empty(64 * 2**20, torch.float32)
+        to, of = target.numpy(), source.numpy()
 
         def copy() -> None:
-            self.pool.over_range(source.numel(), lambda a, b: void(target[a:b].copy_(source[a:b])))
+            # Not by torch, which would start threads of its own on every thread of the pool.
+            self.pool.over_range(to.size, lambda a, b: np.copyto(to[a:b], of[a:b]))
 
         size = 2 * source.numel() * 4
         alone = size / self.seconds(copy)
@@ -249,9 +253,15 @@ class Measurement:
         last: list[Ticket] = []
         start = time.perf_counter()
         for _ in range(chains):
-            up = lanes.h2d.submit(lambda: void(there.copy_(tiny)), what="copy in", after=last)
+            up = lanes.h2d.submit(
+                lambda: void(there.copy_(tiny, non_blocking=True)), what="copy in", after=last
+            )
             on = lanes.compute.submit(lambda: void(there.add_(1)), what="update", after=(up,))
-            last = [lanes.d2h.submit(lambda: void(tiny.copy_(there)), what="copy out", after=(on,))]
+            last = [
+                lanes.d2h.submit(
+                    lambda: void(tiny.copy_(there, non_blocking=True)), what="copy out", after=(on,)
+                )
+            ]
         last[0].wait()
         seconds = (time.perf_counter() - start) / (3 * chains)
         lanes.close()

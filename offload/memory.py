@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from interlace.offload.cores import CpuPool
 from interlace.offload.hardware import host_memory_bytes
-from interlace.offload.lanes import CpuPool
 from interlace.offload.schedule import MemoryShortage
 
 HOST_SHARE = 0.9

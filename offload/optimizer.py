@@ -11,7 +11,6 @@ are; plain tensors, DDP's and FSDP2's `DTensor` shards all work. Reference: Deep
 import math
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch
@@ -19,12 +18,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from interlace.kernels.update import AdamW, UpdateRule, warm_up
+from interlace.kernels.update import AdamW, UpdateRule
+from interlace.offload.cores import CpuPool
 from interlace.offload.executor import Executor, Work
-from interlace.offload.forward import forward_order, wait_around_state_dicts, wait_in_forward
+from interlace.offload.forward import wait_around_state_dicts, wait_in_forward
 from interlace.offload.gradients import Gradients, all_finite, global_norm
 from interlace.offload.hardware import HardwareProfile
-from interlace.offload.lanes import CpuPool, LaneError, Lanes
+from interlace.offload.lanes import Lanes
 from interlace.offload.memory import HostSlabs, available_device_bytes
 from interlace.offload.monitor import Monitor
 from interlace.offload.options import (
@@ -41,6 +41,7 @@ from interlace.offload.ownership import claim, release, weakly
 from interlace.offload.persistence import load_state
 from interlace.offload.placement import Placement
 from interlace.offload.report import UpdateReport
+from interlace.offload.roster import Roster
 from interlace.offload.schedule import Home, MemoryBudget, Schedule
 from interlace.offload.step import (
     Health,
@@ -50,7 +51,7 @@ from interlace.offload.step import (
     not_finite,
     undroppable,
 )
-from interlace.offload.subgroup import Member, StateLayout, SubgroupState, cut, local
+from interlace.offload.subgroup import StateLayout, SubgroupState, local
 
 
 class OffloadedOptimizer(torch.optim.Optimizer):
@@ -96,15 +97,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.overlap: Overlap = overlap
         self.clip_norm = clip_norm
         self.options = options or OffloadOptions()
-        self.subgroups: list[SubgroupState] = []
         self._waits_in_forward = model is not None and overlap != "none"
-        self._members: dict[torch.Tensor, tuple[SubgroupState, Member]] = {}
         self._handles: list[RemovableHandle] = []
         self._step = OpenStep()
         self._health = Health()
-        self._order = forward_order(model) if model is not None else {}
-        named = model.named_parameters() if model is not None else ()
-        self._names: dict[torch.Tensor, str] = {p: name for name, p in named}
         self._constructed = False
         groups = listed(params)
         device = device_of(groups)
@@ -113,29 +109,35 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._end_lanes = weakref.finalize(self, self._lanes.close)
         self._end_lanes.atexit = False
         try:
-            self._build(groups, budget, profile)
+            self._build(groups, model, budget, profile)
             if model is not None and self._waits_in_forward:
                 self._handles += wait_in_forward(model, weakly(self.wait_for))
-                self._handles += wait_around_state_dicts(model, weakly(self._settle))
+                self._handles += wait_around_state_dicts(model, self._roster.settle)
         except BaseException:
             self._let_go()
             raise
 
     def _build(
-        self, groups: list[Any], budget: MemoryBudget | None, profile: HardwareProfile | None
+        self,
+        groups: list[Any],
+        model: nn.Module | None,
+        budget: MemoryBudget | None,
+        profile: HardwareProfile | None,
     ) -> None:
         """Make the engine's parts and place the state of all groups."""
-        self._host = HostSlabs(self._lanes.pool, pin=self._lanes.device.type == "cuda")
-        self._layout = StateLayout(
+        options, lanes = self.options, self._lanes
+        host = HostSlabs(lanes.pool, pin=lanes.device.type == "cuda")
+        layout = StateLayout(
             self.rule,
-            self.options.moment_dtype,
-            self.options.split_master,
-            sums_gradients=self.options.accumulation_steps > 1,
+            options.moment_dtype,
+            options.split_master,
+            sums_gradients=options.accumulation_steps > 1,
         )
-        self.placement = Placement(self._lanes.device, self.strategy, budget, profile, self.options)
-        self.monitor = Monitor(self._lanes, self.placement.profile, self.options.recalibrate)
-        self._gradients = Gradients(self._lanes, self._host, self._gradient_came)
-        self._executor = Executor(self._lanes, self.options.staging_slots)
+        self._roster = Roster(model, layout, host, options.subgroup_elements)
+        self.placement = Placement(lanes.device, self.strategy, budget, profile, options)
+        self.monitor = Monitor(lanes, self.placement.profile, options.recalibrate)
+        self._gradients = Gradients(lanes, host, self._gradient_came)
+        self._executor = Executor(lanes, options.staging_slots)
         super().__init__(groups, dict(self.rule.hyperparameters()))
         self._adopt()
         self._constructed = True
@@ -162,51 +164,21 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             raise
 
     def _adopt(self, frozen: Collection[torch.Tensor] = ()) -> None:
-        """Cut what has no state yet into subgroups, choose homes for all, and make room before
-        anything is allocated. Frozen parameters get none but for those named.
+        """Choose homes for all parameters that have no state yet and for all others, and make room
+        before anything is allocated. Frozen parameters get no state but for those named.
         """
-
-        def is_new(parameter: torch.Tensor) -> bool:
-            needed = parameter.requires_grad or any(parameter is each for each in frozen)
-            return needed and parameter not in self._members
-
-        fresh = cut(
-            self.param_groups,
-            self._layout,
-            self._host,
-            self.options.subgroup_elements,
-            is_new,
-            self.subgroups,
-        )
-        for subgroup in fresh:
-            for member in subgroup.members:
-                self._order.setdefault(member.parameter, len(self._order))
-        together = sorted([*self.subgroups, *fresh], key=self._first_use)
-        homes = self.placement.choose(
-            [subgroup.shape for subgroup in together], [s.shape for s in self.subgroups], self.homes
-        )
+        roster = self._roster
+        fresh = roster.newcomers(self.param_groups, frozen)
+        shapes = [subgroup.shape for subgroup in roster.with_newcomers(fresh)]
+        homes = self.placement.choose(shapes, roster.shapes, self.homes)
         claim([m.parameter for subgroup in fresh for m in subgroup.members], self)
-        for subgroup in fresh:
-            warm_up(self.rule, subgroup.weight_dtype, self._layout.moment_dtype, subgroup.splits)
-        self.subgroups = together
-        for index, (subgroup, home) in enumerate(zip(together, homes, strict=True)):
-            subgroup.index = index
-            if subgroup in fresh:
-                subgroup.settle(home)
-                self._take_members(subgroup)
-        self.rehome(homes)
-
-    def _first_use(self, subgroup: SubgroupState) -> int:
-        return min(self._order[member.parameter] for member in subgroup.members)
-
-    def _take_members(self, subgroup: SubgroupState) -> None:
-        """Register where each parameter's state is and take over its gradients."""
-        for member in subgroup.members:
-            self._members[member.parameter] = (subgroup, member)
-            streams = streams_gradients(self.options.stream_gradients, member.parameter)
-            if streams and member.parameter.requires_grad:
+        roster.enter(fresh, homes)
+        for parameter in (m.parameter for subgroup in fresh for m in subgroup.members):
+            streams = streams_gradients(self.options.stream_gradients, parameter)
+            if streams and parameter.requires_grad:
                 hook = weakly(self._take)
-                self._handles.append(member.parameter.register_post_accumulate_grad_hook(hook))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        self.rehome(homes)
 
     def rehome(self, homes: Sequence[Home]) -> None:
         """Move subgroups to other homes, between steps; numbers do not change.
@@ -232,14 +204,18 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """
         self.synchronize()
         if self.monitor.finish(self.schedule) and self.monitor.corrected is not None:
-            shapes = [subgroup.shape for subgroup in self.subgroups]
-            self.rehome(self.placement.reconsider(shapes, self.homes, self.monitor.corrected))
+            corrected = self.monitor.corrected
+            self.rehome(self.placement.reconsider(self._roster.shapes, self.homes, corrected))
         return self.monitor.last
 
     def give_back(self, device_bytes: int) -> None:
         """Free device memory, between steps, by moving state off the device."""
-        shapes = [subgroup.shape for subgroup in self.subgroups]
-        self.rehome(self.placement.give_back(shapes, self.homes, device_bytes))
+        self.rehome(self.placement.give_back(self._roster.shapes, self.homes, device_bytes))
+
+    @property
+    def subgroups(self) -> Sequence[SubgroupState]:
+        """All state, in the order of updates."""
+        return self._roster.subgroups
 
     @property
     def schedule(self) -> Schedule | None:
@@ -257,7 +233,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _take(self, parameter: torch.Tensor) -> None:
         """Take a gradient over; the hook that backward calls."""
         self._health.check()
-        subgroup, member = self._members[parameter]
+        subgroup, member = self._roster.members[parameter]
         if subgroup in self._step.launched:
             self._refuse_late_gradient(parameter)
         self._begin()
@@ -266,12 +242,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _refuse_late_gradient(self, parameter: torch.Tensor) -> NoReturn:
         """Raise: the update that this gradient belongs to has begun without it."""
-        cure = late_gradient(self.overlap, self.options.accumulation_steps)
+        name = self._roster.name_of(parameter, self.param_groups)
+        message = late_gradient(name, self.overlap, self.options.accumulation_steps)
         if self.overlap == "backward":
-            self._health.failure = f"an update began before its last gradient came: {cure}"
-        raise RuntimeError(
-            f"a gradient of {self._name_of(parameter)} came after its update had begun: {cure}"
-        )
+            self._health.failure = message
+        raise RuntimeError(message)
 
     def _begin(self) -> None:
         """Once per step, before its first gradient: finish the last one."""
@@ -302,7 +277,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """
         self._take_remaining()
         if self._step.norm is None:
-            self._step.norm = global_norm(self.subgroups, list(self._members))
+            self._step.norm = global_norm(self.subgroups, list(self._roster.members))
         return self._step.norm
 
     def _take_remaining(self) -> None:
@@ -310,13 +285,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         that were frozen until now.
         """
         thawed = (
-            parameter.requires_grad and parameter not in self._members
+            parameter.requires_grad and parameter not in self._roster.members
             for group in self.param_groups
             for parameter in group["params"]
         )
         if any(thawed):
             self._adopt()
-        for parameter in self._members:
+        for parameter in self._roster.members:
             if parameter.grad is not None:
                 self._take(parameter)
 
@@ -349,10 +324,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _forget_gradients(self) -> None:
         """Be ready for the next step's gradients."""
-        for subgroup in self.subgroups:
-            for member in subgroup.members:
-                member.arrivals = 0
-                member.square = None
+        self._roster.forget_gradients()
         self._step = OpenStep()
 
     # ---- the step ---------------------------------------------------------------------------
@@ -389,7 +361,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                     self._launch(subgroup, factor)
             self._forget_gradients()
             if not self._waits_in_forward:
-                self._wait_all()
+                with self._health.watched():
+                    self._roster.wait_on_stream()
 
     def _clip_factor(self, gradient_scale: float) -> float:
         """Return by what clipping scales gradients; raise, on all ranks alike, if one is not
@@ -405,7 +378,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _describe_non_finite(self) -> str:
         """Say which gradients are not finite and what was updated."""
         bad = [
-            self._name_of(parameter)
+            self._roster.name_of(parameter, self.param_groups)
             for parameter, gradient in self.gradients()
             if not bool(torch.isfinite(gradient).all())
         ]
@@ -414,13 +387,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if launched:
             self._health.failure = message
         return message
-
-    def _name_of(self, parameter: torch.Tensor) -> str:
-        """Return a parameter's name in the model, or its number over all groups."""
-        if parameter in self._names:
-            return self._names[parameter]
-        every = [p for group in self.param_groups for p in group["params"]]
-        return f"parameter {next(n for n, p in enumerate(every) if p is parameter)}"
 
     def _launch(self, subgroup: SubgroupState, scale: float) -> None:
         subgroup.notice_other_writers()
@@ -437,7 +403,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def wait_for(self, parameters: Iterable[torch.Tensor]) -> None:
         """Wait until these parameters have their new weights; the rest of the update goes on."""
         with self.monitor.waiting(), self._health.watched():
-            for subgroup in {self._members[p][0]: None for p in parameters if p in self._members}:
+            for subgroup in {
+                self._roster.members[p][0]: None for p in parameters if p in self._roster.members
+            }:
                 ticket = subgroup.weights_ready
                 if ticket is None:
                     continue
@@ -445,13 +413,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                     # FSDP2 gathers shards on streams of its own, which must not run ahead.
                     ticket.wait()
                 else:
-                    ticket.wait_on_stream()
-
-    def _wait_all(self) -> None:
-        """Let everything that follows on the current stream see the update."""
-        with self._health.watched():
-            for subgroup in self.subgroups:
-                for ticket in subgroup.updating:
                     ticket.wait_on_stream()
 
     def synchronize(self) -> None:
@@ -467,13 +428,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         with self._health.watched():
             for subgroup in self.subgroups:
                 subgroup.wait()
-
-    def _settle(self) -> None:
-        """Block until nothing is under way, whether it failed or not."""
-        for subgroup in self.subgroups:
-            for ticket in (*subgroup.arriving, *subgroup.updating):
-                with suppress(LaneError):
-                    ticket.wait()
 
     # ---- saving and loading -----------------------------------------------------------------
 
@@ -498,10 +452,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._health.check()
         for adapt in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = adapt(self, dict(state_dict)) or state_dict
-        self._settle()
-        load_state(self.rule, self.param_groups, self._members, self._adopt, state_dict)
-        for subgroup in self.subgroups:
-            subgroup.forget_work()
+        self._roster.settle()
+        load_state(self.rule, self.param_groups, self._roster.members, self._adopt, state_dict)
+        self._roster.forget_work()
         self._gradients.reset()
         self._executor.reset()
         self.monitor.reset()
@@ -521,13 +474,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
         A view of the live state where there is one; with a split master a copy.
         """
-        subgroup, member = self._members[parameter]
+        subgroup, member = self._roster.members[parameter]
         subgroup.wait()
         return member.shaped(subgroup.master_of(member).view(-1))
 
     def set_master(self, parameter: torch.Tensor, master: torch.Tensor) -> None:
         """Write a parameter's weights, in full precision (this rank's part, float32)."""
-        subgroup, member = self._members[parameter]
+        subgroup, member = self._roster.members[parameter]
         subgroup.wait()
         subgroup.set_master(member, local(master))
 
@@ -535,7 +488,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """Finish what is under way, take all hooks off and end the threads; the optimizer cannot be
         used afterwards, and another may serve its parameters.
         """
-        self._settle()
+        self._roster.settle()
         self._let_go()
         self._health.failure = self._health.failure or "the optimizer is closed"
 
@@ -543,5 +496,5 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """Take hooks off, disown the parameters and end the threads."""
         for handle in self._handles:
             handle.remove()
-        release(self._members)
+        release(self._roster.members if hasattr(self, "_roster") else ())
         self._end_lanes()

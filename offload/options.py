@@ -9,7 +9,8 @@ import torch.distributed as distributed
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from interlace.offload.lanes import Throttle, usable_cores
+from interlace.offload.cores import usable_cores
+from interlace.offload.lanes import Throttle
 from interlace.offload.schedule import NOTHING_HIDDEN, HiddenWindow, MemoryBudget
 from interlace.offload.subgroup import local
 

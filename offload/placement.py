@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 
 from interlace.offload.calibration import WORTHWHILE
+from interlace.offload.cores import local_ranks
 from interlace.offload.fit import check_memory, memory_needs
 from interlace.offload.hardware import HardwareProfile
-from interlace.offload.lanes import local_ranks
 from interlace.offload.measure import known_profile
 from interlace.offload.memory import (
     HOST_SHARE,

@@ -56,14 +56,15 @@ class Health:
             raise LaneError(self.failure) from error
 
 
-def late_gradient(overlap: str, declared: int) -> str:
+def late_gradient(name: str, overlap: str, declared: int) -> str:
     """Say what to do about a gradient whose update has begun without it."""
+    late = f"a gradient of {name} came after its update had begun: "
     if overlap != "backward":
-        return "call step() to finish it, or load a checkpoint"
+        return f"{late}call step() to finish it, or load a checkpoint"
     return (
-        f"overlap='backward' starts it with gradient {declared} of a step; declare how many there "
-        "are with OffloadOptions(accumulation_steps=...), or use another overlap; continue from a "
-        "checkpoint"
+        f"{late}overlap='backward' starts it with gradient {declared} of a step; declare how many "
+        "there are with OffloadOptions(accumulation_steps=...), or use another overlap; continue "
+        "from a checkpoint"
     )
 
 

@@ -178,12 +178,6 @@ class SubgroupState:
         """What has to be done before all gradients that came are there."""
         return [member.arriving for member in self.members if member.arriving is not None]
 
-    def forget_work(self) -> None:
-        """Forget what was under way; nothing is any more."""
-        self.updating, self.weights_ready = [], None
-        for member in self.members:
-            member.arriving = None
-
     def wait(self) -> None:
         """Block until no work of this subgroup is under way."""
         for ticket in (*self.arriving, *self.updating):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from interlace.offload.cores import local_ranks
 from interlace.offload.hardware import HardwareProfile, profile_hardware, with_active_ranks
-from interlace.offload.lanes import local_ranks
 from interlace.offload.measure import known_profile
 from interlace.offload.report import UpdateReport
 from interlace.trainer.batches import StepBatches

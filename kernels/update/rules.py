@@ -42,6 +42,13 @@ class UpdateRule(Protocol):
         ...
 
 
+def check_least_zero(**values: float) -> None:
+    """Raise `ValueError` for a value below zero."""
+    for name, value in values.items():
+        if not value >= 0.0:
+            raise ValueError(f"{name}={value}: must be 0 or more")
+
+
 @dataclass(frozen=True)
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2).
@@ -59,6 +66,12 @@ class AdamW:
     weight_decay: float = 0.01
     name: ClassVar[str] = "adamw"
     moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their ranges."""
+        check_least_zero(lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas={self.betas}: each must be at least 0 and less than 1")
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the defaults of parameter groups, with torch's names."""
@@ -120,6 +133,12 @@ class SGD:
     nesterov: bool = False
     name: ClassVar[str] = "sgd"
     moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their ranges."""
+        check_least_zero(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov=True: needs a momentum of more than 0")
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the defaults of parameter groups, with torch's names."""

@@ -7,18 +7,9 @@ import time
 import pytest
 import torch
 
+from interlace.offload.cores import CpuPool, core_share, local_ranks, parse_core_list, usable_cores
 from interlace.offload.hardware import resident_bytes
-from interlace.offload.lanes import (
-    CpuPool,
-    Lane,
-    LaneError,
-    Lanes,
-    Throttle,
-    core_share,
-    local_ranks,
-    parse_core_list,
-    usable_cores,
-)
+from interlace.offload.lanes import Lane, LaneError, Lanes, Throttle
 from interlace.offload.memory import HostSlabs
 
 
@@ -149,7 +140,7 @@ def test_ranks_of_a_host_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_ranks_of_a_host_divide_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("interlace.offload.lanes.usable_cores", lambda: set(range(8)))
+    monkeypatch.setattr("interlace.offload.cores.usable_cores", lambda: set(range(8)))
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     shares = []

@@ -1,0 +1,117 @@
+"""Who is served: parameters, their subgroups, their order of use and their names."""
+
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from interlace.kernels.update import warm_up
+from interlace.offload.forward import forward_order
+from interlace.offload.lanes import LaneError
+from interlace.offload.memory import HostSlabs
+from interlace.offload.schedule import Home, Subgroup
+from interlace.offload.subgroup import Member, StateLayout, SubgroupState, cut
+
+
+class Roster:
+    """The parameters of one optimizer.
+
+    Args:
+        model: Tells order of use and names; without one, parameters come as they are given.
+        layout: In which precision state is kept.
+        host: Memory for state on the host.
+        subgroup_elements: About how many elements share a subgroup.
+
+    Attributes:
+        subgroups: In the order of updates: that in which the forward pass needs them.
+        members: Where each parameter's state is.
+    """
+
+    def __init__(
+        self, model: nn.Module | None, layout: StateLayout, host: HostSlabs, subgroup_elements: int
+    ) -> None:
+        named = model.named_parameters() if model is not None else ()
+        self.names: dict[torch.Tensor, str] = {p: name for name, p in named}
+        self.order = forward_order(model) if model is not None else {}
+        self.layout = layout
+        self.host = host
+        self.subgroup_elements = subgroup_elements
+        self.subgroups: list[SubgroupState] = []
+        self.members: dict[torch.Tensor, tuple[SubgroupState, Member]] = {}
+
+    @property
+    def shapes(self) -> list[Subgroup]:
+        """The subgroups as the performance model sees them."""
+        return [subgroup.shape for subgroup in self.subgroups]
+
+    def newcomers(
+        self, groups: Sequence[dict[str, Any]], frozen: Collection[torch.Tensor] = ()
+    ) -> list[SubgroupState]:
+        """Return new subgroups, without memory, of all parameters that have none; frozen ones are
+        left out but for those named.
+        """
+
+        def is_new(parameter: torch.Tensor) -> bool:
+            needed = parameter.requires_grad or any(parameter is each for each in frozen)
+            return needed and parameter not in self.members
+
+        fresh = cut(groups, self.layout, self.host, self.subgroup_elements, is_new, self.subgroups)
+        for subgroup in fresh:
+            for member in subgroup.members:
+                self.order.setdefault(member.parameter, len(self.order))
+        return fresh
+
+    def with_newcomers(self, fresh: Sequence[SubgroupState]) -> list[SubgroupState]:
+        """Return all subgroups there are to be, in their order."""
+
+        def first_use(subgroup: SubgroupState) -> int:
+            return min(self.order[member.parameter] for member in subgroup.members)
+
+        return sorted([*self.subgroups, *fresh], key=first_use)
+
+    def enter(self, fresh: Sequence[SubgroupState], homes: Sequence[Home]) -> None:
+        """Give new subgroups memory; `homes` are those of all, old ones included."""
+        self.subgroups = self.with_newcomers(fresh)
+        for index, (subgroup, home) in enumerate(zip(self.subgroups, homes, strict=True)):
+            subgroup.index = index
+            if subgroup in fresh:
+                rule, layout = self.layout.rule, self.layout
+                warm_up(rule, subgroup.weight_dtype, layout.moment_dtype, subgroup.splits)
+                subgroup.settle(home)
+                for member in subgroup.members:
+                    self.members[member.parameter] = (subgroup, member)
+
+    def wait_on_stream(self) -> None:
+        """Let everything that follows on the current stream see the update."""
+        for subgroup in self.subgroups:
+            for ticket in subgroup.updating:
+                ticket.wait_on_stream()
+
+    def settle(self) -> None:
+        """Block until nothing is under way, whether it failed or not."""
+        for subgroup in self.subgroups:
+            for ticket in (*subgroup.arriving, *subgroup.updating):
+                with suppress(LaneError):
+                    ticket.wait()
+
+    def forget_work(self) -> None:
+        """Forget what was under way; nothing is any more."""
+        for subgroup in self.subgroups:
+            subgroup.updating, subgroup.weights_ready = [], None
+            for member in subgroup.members:
+                member.arriving = None
+
+    def forget_gradients(self) -> None:
+        """Let the next gradient of every parameter be the first of a step."""
+        for _, member in self.members.values():
+            member.arrivals = 0
+            member.square = None
+
+    def name_of(self, parameter: torch.Tensor, groups: Sequence[dict[str, Any]]) -> str:
+        """Return a parameter's name in the model, or its number over all groups."""
+        if parameter in self.names:
+            return self.names[parameter]
+        every = [p for group in groups for p in group["params"]]
+        return f"parameter {next(n for n, p in enumerate(every) if p is parameter)}"
