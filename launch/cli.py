@@ -10,6 +10,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
 from typing import NoReturn
 
 from interlace.trainer.errors import NumericsError, UserError
@@ -30,6 +32,26 @@ examples:
 """
 
 
+PLAN_EXAMPLES = """\
+known machines: {machines}
+
+examples:
+  interlace plan quickstart_offload                             for this machine
+  interlace plan gpt_7b_offload --hardware 4xh100-pcie5 --timeline lanes.png
+  interlace plan gpt_20b_offload --hardware h200 --ranks 8 --sweep gpus=8..512
+  interlace plan gpt_7b_offload --hardware mine.json offload.strategy=host
+"""
+
+PROFILE_EXAMPLES = """\
+known machines: {machines}
+
+examples:
+  interlace profile                          measure, show, and keep for later runs
+  interlace profile --output mine.json       write it there too, for plans made elsewhere
+  interlace profile --show gh200             what a known machine is taken to do
+"""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
@@ -44,30 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     recipes.add_argument("--json", action="store_true", help="print JSON")
     train = add(commands, "train", "train a model, or continue a run", recipe=True)
     train.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    plan = add(commands, "plan", "show what a recipe would do, without doing it", recipe=True)
-    plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument(
-        "--ranks", type=int, default=1, metavar="N", help="plan for N ranks (default 1)"
-    )
-    plan.add_argument(
-        "--hardware",
-        metavar="NAME|FILE",
-        help="plan for a known machine (see `interlace profile`) or a profile's JSON file",
-    )
-    plan.add_argument(
-        "--timeline", metavar="FILE", help="draw the predicted update of every strategy (.png)"
-    )
-    plan.add_argument(
-        "--sweep", metavar="gpus=A..B", help="show on paper how the recipe scales over GPUs"
-    )
-    profile = add(commands, "profile", "measure this machine for the performance model")
-    profile.add_argument("--json", action="store_true", help="print JSON")
-    profile.add_argument(
-        "--output", metavar="FILE", help="write the profile there too, beside the one on record"
-    )
-    profile.add_argument(
-        "--show", metavar="NAME|FILE", help="show a known machine or a profile's file instead"
-    )
+    add_plan(commands)
+    add_profile(commands)
     why = add(commands, "why", "tell where a setting's value comes from")
     why.add_argument("setting", metavar="SECTION.KEY", help="the setting, as in model.width")
     why.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
@@ -88,6 +88,58 @@ def build_parser() -> argparse.ArgumentParser:
         help="`hf` (a folder that transformers loads) and the folder to write",
     )
     return parser
+
+
+def add_plan(commands: AddParser) -> None:
+    """Add the `plan` command."""
+    plan = add(commands, "plan", "show what a recipe would do, without doing it", recipe=True)
+    plan.formatter_class = argparse.RawDescriptionHelpFormatter
+    plan.epilog = PLAN_EXAMPLES.format(machines=", ".join(machine_names()))
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="plan for N ranks (default 1; with --sweep its first number that divides the batch)",
+    )
+    plan.add_argument(
+        "--hardware",
+        metavar="NAME|FILE",
+        help="plan for a known machine (named below) or a profile's JSON file",
+    )
+    plan.add_argument(
+        "--timeline",
+        metavar="FILE",
+        help="draw the predicted update of every strategy that fits (.png, .svg or .pdf)",
+    )
+    plan.add_argument(
+        "--sweep",
+        metavar="gpus=A..B",
+        help="show on paper how the recipe scales from A to B GPUs: A, twice A, and so on "
+        "doubling, and B itself",
+    )
+
+
+def add_profile(commands: AddParser) -> None:
+    """Add the `profile` command."""
+    profile = add(commands, "profile", "measure this machine for the performance model")
+    profile.formatter_class = argparse.RawDescriptionHelpFormatter
+    profile.epilog = PROFILE_EXAMPLES.format(machines=", ".join(machine_names()))
+    profile.add_argument("--json", action="store_true", help="print JSON")
+    profile.add_argument(
+        "--output", metavar="FILE", help="write the profile there too, beside the one on record"
+    )
+    profile.add_argument(
+        "--show",
+        metavar="NAME|FILE",
+        help="show a known machine (named below) or a profile's file instead of measuring",
+    )
+
+
+def machine_names() -> list[str]:
+    """Return the names of the machines that ship; they are files, so that nothing is imported."""
+    folder = resources.files("interlace") / "offload" / "machines"
+    return sorted(Path(each.name).stem for each in folder.iterdir())
 
 
 def add_sample(commands: AddParser) -> None:

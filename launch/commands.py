@@ -8,11 +8,15 @@ import time
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from interlace.trainer.config import list_recipes, load_recipe
 from interlace.trainer.config.load import Recipe
 from interlace.trainer.config.problems import all_settings, near_miss, show
 from interlace.trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from interlace.offload.hardware import HardwareProfile
 
 
 def recipes(arguments: Namespace) -> int:
@@ -69,21 +73,29 @@ def recipe_to_train(arguments: Namespace) -> Recipe:
 def plan(arguments: Namespace) -> int:
     """Show what a recipe would do."""
     from interlace.launch.offload_table import draw_plan, parse_sweep, scaling_lines
-    from interlace.launch.plan_table import make_setting, plan_table, this_machine
-    from interlace.offload.hardware import load_profile
-    from interlace.trainer.plan import resolve
+    from interlace.launch.output_files import picture_file
+    from interlace.launch.plan_table import (
+        check_rates,
+        make_setting,
+        plan_table,
+        ranks_to_plan_for,
+        this_machine,
+    )
+    from interlace.trainer.plan import on_ranks, resolve
     from interlace.trainer.scaling import sweep
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    try:
-        hardware = load_profile(arguments.hardware) if arguments.hardware else this_machine()
-    except ValueError as error:
-        raise ConfigError([f"--{error}"]) from error
-    setting = make_setting(recipe.config, arguments.ranks, hardware)
+    counts = parse_sweep(arguments.sweep) if arguments.sweep else []
+    picture = picture_file("--timeline", arguments.timeline) if arguments.timeline else None
+    ranks = ranks_to_plan_for(recipe.config, arguments.ranks, counts)
+    machine = profile_of("hardware", arguments.hardware) if arguments.hardware else this_machine()
+    check_rates({"sweep": arguments.sweep, "timeline": arguments.timeline}, machine)
+    alone = make_setting(recipe.config, 1, machine)
+    setting = on_ranks(alone, ranks)
     resolved = resolve(recipe.config, setting)
-    rows = sweep(recipe.config, setting, *parse_sweep(arguments.sweep)) if arguments.sweep else []
-    if arguments.timeline:
-        draw_plan(recipe.config, setting, Path(arguments.timeline))
+    rows = sweep(recipe.config, alone, counts)
+    if picture:
+        draw_plan(recipe.config, setting, picture)
     if arguments.json:
         document = resolved.model_dump(mode="json")
         print(json.dumps(document | {"scaling": [asdict(row) for row in rows]}, indent=2))
@@ -91,39 +103,62 @@ def plan(arguments: Namespace) -> int:
     print(plan_table(recipe, resolved))
     if rows:
         print("\n".join(scaling_lines(rows)))
-    if arguments.timeline:
-        print(f"\ntimelines  {arguments.timeline}")
+    if picture:
+        print(f"\ntimelines  {picture}")
     return 0
+
+
+def profile_of(option: str, name: str) -> "HardwareProfile":
+    """Return the profile that an option names.
+
+    Raises:
+        ConfigError: There is no such machine or file, or the file is not a profile.
+    """
+    from interlace.offload.hardware import load_profile
+
+    try:
+        return load_profile(name)
+    except ValueError as error:
+        raise ConfigError([f"--{error}".replace("hardware", option, 1)]) from error
 
 
 def profile(arguments: Namespace) -> int:
     """Measure this machine for the performance model."""
+    from interlace.launch.output_files import output_file
+    from interlace.launch.profile_table import profile_table
+    from interlace.offload.hardware import known_machines
+    from interlace.offload.measure import keep
+
+    output = output_file("--output", arguments.output) if arguments.output else None
+    shown = profile_of("show", arguments.show) if arguments.show is not None else measured_now()
+    if output:
+        keep(shown, output)
+        print(f"wrote {output}", file=sys.stderr)
+    if arguments.json:
+        print(shown.model_dump_json(indent=2))
+        return 0
+    print(profile_table(shown))
+    print(f"\nknown machines for --hardware and --show: {', '.join(known_machines())}")
+    return 0
+
+
+def measured_now() -> "HardwareProfile":
+    """Measure this machine and put the profile on record."""
     import torch
 
-    from interlace.launch.profile_table import profile_table
-    from interlace.offload.hardware import known_machines, load_profile
     from interlace.offload.measure import cache_path, keep, measure
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.show is not None:
-        try:
-            measured = load_profile(arguments.show)
-        except ValueError as error:
-            raise ConfigError([f"--{error}".replace("hardware", "show", 1)]) from error
-    else:
-        start = time.perf_counter()
-        measured = measure(device, lambda text: print(f"... {text}", file=sys.stderr, flush=True))
-        paths = [cache_path(device), *([Path(arguments.output)] if arguments.output else [])]
-        for path in paths:
-            keep(measured, path)
-            print(f"wrote {path}", file=sys.stderr)
-        print(f"took {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    if arguments.json:
-        print(measured.model_dump_json(indent=2))
-        return 0
-    print(profile_table(measured))
-    print(f"\nknown machines for --hardware and --show: {', '.join(known_machines())}")
-    return 0
+    start = time.perf_counter()
+    measured = measure(device, lambda text: print(f"... {text}", file=sys.stderr, flush=True))
+    path = cache_path(device)
+    try:
+        keep(measured, path)
+        print(f"wrote {path}", file=sys.stderr)
+    except OSError as error:
+        print(f"not on record: {path} cannot be written ({error.strerror})", file=sys.stderr)
+    print(f"took {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return measured
 
 
 def why(arguments: Namespace) -> int:

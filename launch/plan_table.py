@@ -1,21 +1,22 @@
 """`interlace plan` as a table: one page that a person reads before starting a run."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from interlace.launch.offload_table import offload_lines
+from interlace.launch.typeset import typeset
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.measure import known_profile
 from interlace.trainer.config import RunConfig
 from interlace.trainer.config.load import Recipe
 from interlace.trainer.data.prepare import find_prepared
 from interlace.trainer.data.tokenizers import load_tokenizer
-from interlace.trainer.errors import DataError
-from interlace.trainer.observe.units import human_bytes, human_count
-from interlace.trainer.plan import Plan, Setting
+from interlace.trainer.errors import ConfigError, DataError
+from interlace.trainer.observe.units import human_bytes, human_flops
+from interlace.trainer.plan import Plan, Setting, on_ranks
 
 Row = tuple[str, str]
 
@@ -33,16 +34,47 @@ def make_setting(config: RunConfig, ranks: int, hardware: HardwareProfile) -> Se
     except DataError:
         # What a plan is for includes recipes whose text is not on this machine.
         corpus = None
-    per_node = hardware.rates.ranks_per_node if hardware.rates else ranks
-    on_gpu = hardware.device_name != "CPU"
-    return Setting(
-        world_size=ranks,
-        device_type="cuda" if on_gpu else "cpu",
+    alone = Setting(
+        world_size=1,
+        device_type="cpu" if hardware.device_name == "CPU" else "cuda",
         vocabulary_size=corpus.index.vocabulary_size if corpus else expected_vocabulary(config),
         corpus_tokens=corpus.tokens("train") if corpus else None,
         hardware=hardware,
-        ranks_per_host=min(ranks, per_node) if on_gpu else ranks,
     )
+    return on_ranks(alone, ranks)
+
+
+def check_rates(options: Mapping[str, str | None], hardware: HardwareProfile) -> None:
+    """Raise `ConfigError` if an option that predicts times was given and the machine's rates are
+    unknown.
+    """
+    if hardware.rates is not None:
+        return
+    problems = [
+        f"--{option} {value}: the profile of {hardware.name or hardware.device_name} has no copy "
+        "and update rates (`rates` is null) to predict times with; measure them with "
+        "`interlace profile`"
+        for option, value in options.items()
+        if value
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def ranks_to_plan_for(config: RunConfig, asked: int | None, swept: Sequence[int]) -> int:
+    """Return the number of ranks of the table: as asked; else one, or with a sweep its first that
+    divides batch and replicas.
+
+    Raises:
+        ConfigError: What was asked is no number of ranks.
+    """
+    if asked is not None:
+        if asked < 1:
+            raise ConfigError([f"--ranks {asked}: a run has at least one rank; type --ranks 1"])
+        return asked
+    rows = config.train.tokens_per_step // config.data.sequence_length
+    even = (n for n in swept if not rows % n and not n % config.parallel.replicas)
+    return next(even, 1)
 
 
 def expected_vocabulary(config: RunConfig) -> int:
@@ -62,14 +94,21 @@ def plan_table(recipe: Recipe, plan: Plan) -> str:
     sections: dict[str, Sequence[Row]] = {
         "Run": run_rows(config, plan),
         "Model": model_rows(config, plan),
-        "Memory of one rank": memory_rows(plan),
         "Work": work_rows(plan),
     }
-    lines = [f"{recipe.name}: {recipe.description}".rstrip(": ")]
+    lines = [f"{recipe.name}: {recipe.description}".rstrip(": "), *problem_lines(plan)]
     for title, rows in sections.items():
         lines += ["", title, *(f"  {label:<24} {value}" for label, value in rows)]
+    lines += memory_lines(plan)
     lines += offload_lines(plan)
     return "\n".join(lines)
+
+
+def problem_lines(plan: Plan) -> list[str]:
+    """Say at the top, before all else, that a run cannot be."""
+    placement = plan.offload
+    problems = [*placement.impossible, *(placement.problem or "").splitlines()]
+    return [line for problem in problems for line in ("", f"DOES NOT FIT  {problem}")]
 
 
 def run_rows(config: RunConfig, plan: Plan) -> list[Row]:
@@ -108,21 +147,35 @@ def model_rows(config: RunConfig, plan: Plan) -> list[Row]:
     ]
 
 
-def memory_rows(plan: Plan) -> list[Row]:
-    """Bytes by kind."""
-    kinds = [(name.replace("_", " "), value) for name, value in plan.memory if value]
-    kinds.sort(key=lambda kind: kind[0].startswith("host"))
-    rows = [(name, human_bytes(value)) for name, value in kinds]
-    of = "GPU" if plan.device_type == "cuda" else "host"
-    total = f"{human_bytes(plan.memory.total)} of {human_bytes(plan.device_memory_bytes)} ({of})"
-    return [*rows, ("total on the device", total)]
+def memory_lines(plan: Plan) -> list[str]:
+    """Bytes by kind, on the device and on the host."""
+    device, host = plan.memory.device.model_dump(), plan.memory.host.model_dump()
+    kinds = [kind for kind in dict.fromkeys([*device, *host]) if kind != "total"]
+    rows = [
+        [f"  {kind.replace('_', ' ')}", *(size(part.get(kind, 0)) for part in (device, host))]
+        for kind in kinds
+        if device.get(kind) or host.get(kind)
+    ]
+    there = f"{human_bytes(plan.host_memory_bytes)}"
+    if plan.ranks_per_host > 1:
+        there += f" for {plan.ranks_per_host} ranks"
+    rows.append(["  total", human_bytes(device["total"]), human_bytes(host["total"])])
+    rows.append(["  there is", human_bytes(plan.device_memory_bytes), there])
+    if plan.device_type == "cpu":
+        rows[-1] = ["  there is", f"{there}, in which both have to find room"]
+    return ["", *typeset(["Memory of one rank", "device", "host"], rows)]
+
+
+def size(value: int) -> str:
+    """Return a size, or a dash for nothing."""
+    return human_bytes(value) if value else "-"
 
 
 def work_rows(plan: Plan) -> list[Row]:
     """FLOPs."""
     forward, backward = plan.forward_flops_per_token, plan.backward_flops_per_token
     return [
-        ("FLOPs per token", f"{human_count(forward)} forward, {human_count(backward)} backward"),
-        ("FLOPs per step", human_count(plan.flops_per_token * plan.tokens_per_step)),
-        ("FLOPs in all", human_count(plan.total_flops)),
+        ("work per token", f"{human_flops(forward)} forward, {human_flops(backward)} backward"),
+        ("work per step", human_flops(plan.flops_per_token * plan.tokens_per_step)),
+        ("work in all", human_flops(plan.total_flops)),
     ]

@@ -1,7 +1,7 @@
 """A machine's profile as a table."""
 
 from interlace.offload.hardware import HardwareProfile
-from interlace.trainer.observe.units import human_bytes, human_count
+from interlace.trainer.observe.units import human_bytes, human_count, human_flops, human_seconds
 
 
 def profile_table(profile: HardwareProfile) -> str:
@@ -10,7 +10,7 @@ def profile_table(profile: HardwareProfile) -> str:
         f"{profile.name}: {profile.device_name}",
         f"  {'device memory':<42} {human_bytes(profile.device_memory_bytes)}",
         f"  {'host memory':<42} {human_bytes(profile.host_memory_bytes)}",
-        f"  {'matrix products':<42} {human_count(profile.matmul_flops)}FLOP/s",
+        f"  {'matrix products':<42} {human_flops(profile.matmul_flops)}/s",
     ]
     if profile.rates is not None:
         for name, value in profile.rates:
@@ -18,6 +18,9 @@ def profile_table(profile: HardwareProfile) -> str:
             if words.endswith("bytes per second"):
                 shown = f"{value / 1e9:.1f} GB/s"
                 words = words.removesuffix(" bytes per second")
+            elif words.endswith(" seconds"):
+                shown = human_seconds(value)
+                words = words.removesuffix(" seconds")
             else:
                 shown = f"{value:.3g}" if value < 1e6 else f"{human_count(value)}/s"
             lines.append(f"  {words:<42} {shown}")

@@ -1,19 +1,26 @@
 """The offloading part of a plan: budgets, homes, and what every strategy would take, side by side.
 
 A pure function of recipe and machine. The optimizer decides again with the model's real parameters;
-here they are taken to fill subgroups evenly, which is the same but for the last one.
+here they are taken to fill subgroups evenly, which is the same but for the last one. Every strategy
+is predicted under the overlap and the budgets that it would get if the recipe asked for it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from interlace.offload.fit import memory_needs
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.options import Overlap
-from interlace.offload.performance_model import compare
+from interlace.offload.performance_model import (
+    STRATEGIES,
+    fill_device,
+    fixed_homes,
+    published_stride,
+    solve,
+)
 from interlace.offload.schedule import (
     Footprint,
     HiddenWindow,
@@ -24,37 +31,59 @@ from interlace.offload.schedule import (
     Subgroup,
 )
 from interlace.offload.subgroup import StateLayout
+from interlace.trainer.capacity import (
+    GIB,
+    Demand,
+    DeviceMemory,
+    Memory,
+    Room,
+    Shortage,
+    budget_problems,
+    memory_by_kind,
+    room_of,
+    shortage_of,
+)
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.optimizer import rule_of
 
-GIB = 2**30
-DEVICE_RESERVE = 0.06
-"""Share of device memory that nobody plans with: fragments, workspaces, the context."""
 
-HOST_SHARE = 0.9
-"""Share of a host's memory that state may occupy."""
+class HomeShare(BaseModel):
+    """What has one home.
+
+    Attributes:
+        subgroups: How many.
+        parameters: Of all of them.
+        bytes: Master weights and moments, as they are kept there.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    subgroups: int = 0
+    parameters: int = 0
+    bytes: int = 0
 
 
 class Forecast(BaseModel):
     """What one strategy would take, or why it cannot run.
 
     Attributes:
-        problem: Why it does not fit, or None.
-        resident, staged, host: Subgroups with each home.
+        overlap: What its updates would run beside.
+        problem: Why it does not fit and what to type, or None.
+        shortage: The same in a few words.
+        homes: Subgroups, parameters and bytes with each home.
         device_bytes: State, gradients and staging slots on the device.
         host_bytes: State and gradients on the host.
         update_seconds: From the first to the last event of an update.
         exposed_seconds: The part that no compute hides.
-        step_seconds: Compute and exposed update.
+        step_seconds: The slower of compute and communication, and the exposed update.
         bound_by: The lane that decides.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     strategy: str
+    overlap: Overlap
     problem: str | None = None
-    resident: int = 0
-    staged: int = 0
-    host: int = 0
+    shortage: str | None = None
+    homes: dict[str, HomeShare] = {}
     device_bytes: int = 0
     host_bytes: int = 0
     update_seconds: float = 0.0
@@ -73,7 +102,11 @@ class OffloadPlan(BaseModel):
         host_budget_bytes: Host memory that state may occupy, per rank.
         hidden_window: Compute beside which updates may run, in seconds.
         compute_seconds: Forward and backward of one step.
-        resident_bytes_per_parameter: State and gradient of a parameter that stays on the device.
+        communication_seconds: Collectives of one step, hidden beside compute or not.
+        memory: Of the recipe's own strategy, by kind.
+        impossible: Budgets of the recipe that this machine does not have.
+        problem: Why the recipe's own strategy does not fit and what to type, or None.
+        shortage: The same in a few words.
         forecasts: One per strategy; empty while the machine's rates are unknown.
     """
 
@@ -84,7 +117,11 @@ class OffloadPlan(BaseModel):
     host_budget_bytes: int
     hidden_window: HiddenWindow
     compute_seconds: float
-    resident_bytes_per_parameter: int
+    communication_seconds: float
+    memory: Memory
+    impossible: tuple[str, ...]
+    problem: str | None
+    shortage: str | None
     forecasts: tuple[Forecast, ...]
 
     @property
@@ -98,77 +135,111 @@ class Circumstances:
     """What placement depends on besides the recipe.
 
     Attributes:
-        hardware: The machine; forecasts need its rates.
+        hardware: One rank's share of the machine; forecasts need its rates.
         device_type: `cpu` or `cuda`.
-        host_memory_bytes: Memory of the host.
-        ranks_per_host: Ranks that share it.
+        ranks_per_host: Ranks that share a host.
         parameters: Of one rank's shard.
         compute_dtype: Of weights and activations.
+        microbatch_rows: Rows of one pass.
         accumulation: Backward passes per step.
-        occupied_bytes: Device memory of weights, activations and copies, per rank.
+        fixed: Device memory of weights, activations and gathered layers, per rank.
         forward_seconds: One micro-batch.
         backward_seconds: One micro-batch.
+        communication_seconds: Collectives of one step.
     """
 
     hardware: HardwareProfile
     device_type: str
-    host_memory_bytes: int
     ranks_per_host: int
     parameters: int
     compute_dtype: torch.dtype
+    microbatch_rows: int
     accumulation: int
-    occupied_bytes: int
+    fixed: DeviceMemory
     forward_seconds: float
     backward_seconds: float
+    communication_seconds: float
+
+    @property
+    def room(self) -> Room:
+        """The memory that one rank may fill."""
+        return room_of(self.hardware, self.device_type, self.ranks_per_host)
+
+    @property
+    def compute_seconds(self) -> float:
+        """Forward and backward of one step."""
+        return (self.forward_seconds + self.backward_seconds) * self.accumulation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What placing one strategy's state came to.
+
+    Attributes:
+        overlap: What its updates run beside.
+        homes: A home for every subgroup; where none fit, those that need least.
+        memory: What these need.
+        schedule: With predicted times; None without rates, or where nothing fits.
+        shortage: Why it does not fit, or None.
+    """
+
+    overlap: Overlap
+    homes: tuple[Home, ...]
+    memory: Memory
+    schedule: Schedule | None
+    shortage: Shortage | None
 
 
 def place(config: RunConfig, facts: Circumstances) -> OffloadPlan:
     """Derive budgets, overlap and forecasts."""
-    budget = budget_of(config, facts)
-    overlap = overlap_of(config)
-    window = window_of(overlap, facts)
-    compute = (facts.forward_seconds + facts.backward_seconds) * facts.accumulation
-    footprint = footprint_of(config, facts)
+    offload = config.offload
+    strategy = offload.strategy
+    budget = budget_of(config, facts, strategy)
+    overlap = overlap_of(config, strategy)
     outcomes = outcomes_of(config, facts)
-    forecasts = [forecast(name, outcome, compute) for name, outcome in outcomes.items()]
+    own = outcomes.get(strategy) or outcome_of(config, facts, strategy)
     return OffloadPlan(
-        strategy=config.offload.strategy,
+        strategy=strategy,
         overlap=overlap,
         device_budget_bytes=budget.device_bytes,
         host_budget_bytes=budget.host_bytes,
-        hidden_window=window,
-        compute_seconds=compute,
-        resident_bytes_per_parameter=footprint.resident_memory,
-        forecasts=tuple(forecasts),
+        hidden_window=window_of(overlap, facts),
+        compute_seconds=facts.compute_seconds,
+        communication_seconds=facts.communication_seconds,
+        memory=own.memory,
+        impossible=tuple(
+            budget_problems(offload.device_budget_gib, offload.host_budget_gib, facts.room)
+        ),
+        problem=own.shortage.long if own.shortage else None,
+        shortage=own.shortage.short if own.shortage else None,
+        forecasts=tuple(forecast(name, outcomes[name], facts) for name in outcomes),
     )
 
 
-def budget_of(config: RunConfig, facts: Circumstances) -> MemoryBudget:
-    """Return what state may occupy per rank: as asked, else what the rest leaves.
+def budget_of(config: RunConfig, facts: Circumstances, strategy: str) -> MemoryBudget:
+    """Return what state may occupy per rank: as asked, as far as the machine has it, else what the
+    rest leaves.
 
-    Without a GPU the device's memory is the host's, and each gets half of what is free.
+    Without a GPU the device's memory is the host's. A strategy that chooses freely gets half of it
+    for each, since every byte can be used once only.
     """
-    offload, hardware = config.offload, facts.hardware
-    host = int(HOST_SHARE * facts.host_memory_bytes / facts.ranks_per_host)
-    if facts.device_type == "cuda":
-        usable = int((1 - DEVICE_RESERVE) * hardware.device_memory_bytes)
-        device = max(0, usable - facts.occupied_bytes)
-    else:
-        device = max(0, host // 2 - facts.occupied_bytes)
-        host //= 2
+    offload, room = config.offload, facts.room
+    device, host = room.device_bytes - facts.fixed.total, room.host_bytes
+    if room.shared and strategy == "optimal":
+        device, host = host // 2 - facts.fixed.total, host // 2
     if offload.device_budget_gib is not None:
-        device = int(offload.device_budget_gib * GIB)
+        device = min(int(offload.device_budget_gib * GIB), room.device_bytes)
     if offload.host_budget_gib is not None:
-        host = int(offload.host_budget_gib * GIB)
-    return MemoryBudget(device, host)
+        host = min(int(offload.host_budget_gib * GIB), room.host_bytes)
+    return MemoryBudget(max(0, device), host)
 
 
-def overlap_of(config: RunConfig) -> Overlap:
-    """Return what updates run beside: as asked, else as much as stays exact."""
+def overlap_of(config: RunConfig, strategy: str) -> Overlap:
+    """Return what updates of a strategy run beside: as asked, else as much as stays exact."""
     offload = config.offload
     if offload.overlap != "auto":
         return offload.overlap
-    if offload.strategy == "none":
+    if strategy == "none":
         return "none"
     return "forward" if config.optimizer.clip else "backward"
 
@@ -184,15 +255,25 @@ def window_of(overlap: Overlap, facts: Circumstances) -> HiddenWindow:
     )
 
 
-def footprint_of(config: RunConfig, facts: Circumstances) -> Footprint:
-    """Return bytes per parameter."""
-    layout = StateLayout(
+def layout_of(config: RunConfig) -> StateLayout:
+    """Return in which precision state is kept."""
+    return StateLayout(
         rule_of(config.optimizer),
         getattr(torch, config.offload.moments),
         config.offload.split_master,
     )
+
+
+def footprint_of(config: RunConfig, facts: Circumstances) -> Footprint:
+    """Return bytes per parameter."""
     gradient = facts.compute_dtype if facts.accumulation == 1 else torch.float32
-    return layout.footprint(facts.compute_dtype, gradient)
+    return layout_of(config).footprint(facts.compute_dtype, gradient)
+
+
+def moment_bytes(config: RunConfig) -> int:
+    """Return the bytes of all moments of one parameter."""
+    layout = layout_of(config)
+    return len(layout.rule.moments) * layout.moment_dtype.itemsize
 
 
 def subgroups_of(config: RunConfig, facts: Circumstances) -> list[Subgroup]:
@@ -206,38 +287,122 @@ def subgroups_of(config: RunConfig, facts: Circumstances) -> list[Subgroup]:
 def schedules(config: RunConfig, facts: Circumstances) -> dict[str, Schedule]:
     """Return the schedule of every strategy that fits."""
     outcomes = outcomes_of(config, facts)
-    return {name: found for name, found in outcomes.items() if isinstance(found, Schedule)}
+    return {
+        name: found.schedule
+        for name, found in outcomes.items()
+        if found.schedule is not None and found.shortage is None
+    }
 
 
-def outcomes_of(config: RunConfig, facts: Circumstances) -> dict[str, Schedule | MemoryShortage]:
-    """Return every strategy's schedule, or why it does not fit; nothing without rates."""
+def outcomes_of(config: RunConfig, facts: Circumstances) -> dict[str, Outcome]:
+    """Return what every strategy comes to; nothing without rates."""
     if facts.hardware.rates is None:
         return {}
-    return compare(
-        facts.hardware,
-        subgroups_of(config, facts),
-        budget_of(config, facts),
-        window_of(overlap_of(config), facts),
-        stride=config.offload.stride,
-        staging_slots=config.offload.staging_slots,
+    return {strategy: outcome_of(config, facts, strategy) for strategy in STRATEGIES}
+
+
+def outcome_of(config: RunConfig, facts: Circumstances, strategy: str) -> Outcome:
+    """Return what one strategy comes to."""
+    subgroups = subgroups_of(config, facts)
+    overlap = overlap_of(config, strategy)
+    budget = budget_of(config, facts, strategy)
+    schedule, refusal = None, None
+    if facts.hardware.rates is not None:
+        try:
+            schedule = solve(
+                facts.hardware,
+                subgroups,
+                budget,
+                window_of(overlap, facts),
+                strategy=strategy,
+                stride=config.offload.stride,
+                staging_slots=config.offload.staging_slots,
+            )
+        except MemoryShortage as error:
+            refusal = Shortage("does not fit its budgets", str(error))
+    homes = schedule.homes if schedule else least_homes(config, facts, strategy, subgroups, budget)
+    slots = config.offload.staging_slots
+    memory = memory_by_kind(facts.fixed, subgroups, homes, slots, moment_bytes(config))
+    shortage = shortage_of(demand_of(config, facts, strategy, memory), facts.room) or refusal
+    return Outcome(overlap, homes, memory, schedule, shortage)
+
+
+def least_homes(
+    config: RunConfig,
+    facts: Circumstances,
+    strategy: str,
+    subgroups: Sequence[Subgroup],
+    budget: MemoryBudget,
+) -> tuple[Home, ...]:
+    """Return the homes by which a shortage is measured: those of the strategy, or, where it is free
+    to choose, as many resident ones as the device's budget holds.
+    """
+    stride = config.offload.stride
+    if strategy == "optimal":
+        if facts.hardware.rates is None:
+            return (Home.RESIDENT,) * len(subgroups)
+        return tuple(fill_device(subgroups, [Home.HOST] * len(subgroups), budget.device_bytes))
+    if strategy == "stride" and stride is None:
+        known = facts.hardware.rates is not None
+        stride = published_stride(facts.hardware, subgroups[0].footprint) if known else 2
+    homes = fixed_homes(strategy, len(subgroups), stride)
+    assert homes is not None, "every other strategy is fixed"
+    return tuple(homes)
+
+
+def demand_of(config: RunConfig, facts: Circumstances, strategy: str, memory: Memory) -> Demand:
+    """Return what a strategy needs and what may be changed to lower it."""
+    offload = config.offload
+    budget = budget_of(config, facts, strategy)
+    return Demand(
+        strategy=strategy,
+        memory=memory,
+        device_budget=None if offload.device_budget_gib is None else budget.device_bytes,
+        host_budget=None if offload.host_budget_gib is None else budget.host_bytes,
+        microbatch_rows=facts.microbatch_rows,
+        checkpointing=config.train.activation_checkpointing,
+        moments=offload.moments,
     )
 
 
-def forecast(strategy: str, outcome: Schedule | MemoryShortage, compute: float) -> Forecast:
+def forecast(strategy: str, outcome: Outcome, facts: Circumstances) -> Forecast:
     """Return what one strategy would take."""
-    if isinstance(outcome, MemoryShortage):
-        return Forecast(strategy=strategy, problem=str(outcome))
-    needs = memory_needs(outcome.subgroups, outcome.homes, outcome.staging_slots)
-    expected = outcome.prediction
+    shortage, schedule = outcome.shortage, outcome.schedule
+    if shortage is not None or schedule is None:
+        return Forecast(
+            strategy=strategy,
+            overlap=outcome.overlap,
+            problem=shortage.long if shortage else None,
+            shortage=shortage.short if shortage else None,
+        )
+    expected = schedule.prediction
+    slowest = max(facts.compute_seconds, facts.communication_seconds)
     return Forecast(
         strategy=strategy,
-        resident=outcome.homes.count(Home.RESIDENT),
-        staged=outcome.homes.count(Home.STAGED),
-        host=outcome.homes.count(Home.HOST),
-        device_bytes=needs.device_bytes,
-        host_bytes=needs.host_bytes,
+        overlap=outcome.overlap,
+        homes={home.value: home_share(schedule, home) for home in Home},
+        device_bytes=outcome.memory.device.state,
+        host_bytes=outcome.memory.host.total,
         update_seconds=expected.update_seconds,
         exposed_seconds=expected.exposed_seconds,
-        step_seconds=compute + expected.exposed_seconds,
+        step_seconds=slowest + expected.exposed_seconds,
         bound_by=expected.bound_by,
+    )
+
+
+def home_share(schedule: Schedule, home: Home) -> HomeShare:
+    """Return what has one home."""
+    members = [
+        subgroup
+        for subgroup, where in zip(schedule.subgroups, schedule.homes, strict=True)
+        if where is home
+    ]
+    kept = [
+        subgroup.footprint.state if home is Home.HOST else subgroup.footprint.staged_copy
+        for subgroup in members
+    ]
+    return HomeShare(
+        subgroups=len(members),
+        parameters=sum(subgroup.elements for subgroup in members),
+        bytes=sum(s.elements * size for s, size in zip(members, kept, strict=True)),
     )

@@ -6,12 +6,14 @@ model or reading a corpus. The training loop reads derived values from the plan 
 changes it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import BaseModel, ConfigDict
 
 from interlace.offload.hardware import HardwareProfile, with_active_ranks
 from interlace.offload.schedule import Schedule
+from interlace.trainer.capacity import DeviceMemory, Memory
+from interlace.trainer.communication import Traffic, communication_seconds
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.cost import (
@@ -20,9 +22,14 @@ from interlace.trainer.models.cost import (
     flops_per_token,
     parameter_count,
 )
+from interlace.trainer.optimizer import rule_of
 from interlace.trainer.placement import Circumstances, OffloadPlan, place, schedules
 
 DEFAULT_MICROBATCH_TOKENS = 16_384
+
+MOST_SUBGROUPS = 100_000
+"""Subgroups of one rank; each costs a look at every step, and with so many the looks cost more than
+the updates."""
 
 USUAL_FLOPS_SHARE = 0.5
 """Share of the peak rate that training reaches, where no profile says it."""
@@ -49,28 +56,19 @@ class Setting:
     ranks_per_host: int = 1
 
 
-class Memory(BaseModel):
-    """Bytes of one rank by kind, at the peak of a step.
+def on_ranks(alone: Setting, ranks: int) -> Setting:
+    """Return the setting of so many ranks, given that of one rank that has the machine to itself.
 
-    Attributes:
-        weights: Weights on the device, in the compute dtype.
-        optimizer_state: Masters, moments, gradients and staging slots on the device.
-        activations: What forward keeps for backward.
-        gathered_weights: Whole layers, where weights are sharded.
-        host_optimizer_state: Masters, moments and gradients on the host.
+    Ranks fill one node after another. On a CPU they share the cores of this host.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    weights: int
-    optimizer_state: int
-    activations: int
-    gathered_weights: int
-    host_optimizer_state: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all kinds on the device."""
-        return self.weights + self.optimizer_state + self.activations + self.gathered_weights
+    assert alone.world_size == 1, "what is divided must be whole"
+    hardware = alone.hardware
+    if alone.device_type == "cpu":
+        rate = hardware.matmul_flops / ranks
+        shared = hardware.model_copy(update={"matmul_flops": rate})
+        return replace(alone, world_size=ranks, ranks_per_host=ranks, hardware=shared)
+    per_node = hardware.rates.ranks_per_node if hardware.rates else ranks
+    return replace(alone, world_size=ranks, ranks_per_host=min(ranks, per_node))
 
 
 class Plan(BaseModel):
@@ -82,6 +80,7 @@ class Plan(BaseModel):
     compute_dtype: str
     compiled: bool
     world_size: int
+    ranks_per_host: int
     replicas: int
     steps: int
     tokens_per_step: int
@@ -122,6 +121,7 @@ def resolve(config: RunConfig, setting: Setting) -> Plan:
     train, size = config.train, setting.world_size
     rows = train.tokens_per_step // config.data.sequence_length
     check_ranks(config, rows, size)
+    check_subgroups(config, setting)
     microbatch = microbatch_rows(config, rows // size)
     dtype = compute_dtype_of(train, setting.device_type)
     parameters = parameter_count(config.model, setting.vocabulary_size)
@@ -136,6 +136,7 @@ def resolve(config: RunConfig, setting: Setting) -> Plan:
         compute_dtype=str(dtype).removeprefix("torch."),
         compiled=compiles(train, setting.device_type),
         world_size=size,
+        ranks_per_host=setting.ranks_per_host,
         replicas=config.parallel.replicas,
         steps=train.steps,
         tokens_per_step=train.tokens_per_step,
@@ -151,11 +152,11 @@ def resolve(config: RunConfig, setting: Setting) -> Plan:
         forward_flops_per_token=flops.forward,
         backward_flops_per_token=flops.backward,
         total_flops=total_tokens * (flops.forward + flops.backward),
-        memory=memory_of(config, setting, microbatch, dtype.itemsize, placement),
+        memory=placement.memory,
         offload=placement,
         device_memory_bytes=setting.hardware.device_memory_bytes,
         host_memory_bytes=setting.hardware.host_memory_bytes,
-        checkpoint_bytes=12 * parameters,
+        checkpoint_bytes=parameters * checkpoint_bytes_per_parameter(config),
         checkpoints=due_times(config.checkpoint.every_steps, train.steps),
         validations=due_times(train.validate_every_steps, train.steps),
     )
@@ -185,6 +186,21 @@ def check_ranks(config: RunConfig, rows: int, size: int) -> None:
         raise ConfigError(problems)
 
 
+def check_subgroups(config: RunConfig, setting: Setting) -> None:
+    """Raise `ConfigError` if subgroups are so small that a rank would have too many."""
+    size, shard = config.offload.subgroup_elements, shard_size(config, setting)
+    count = -(-shard // size)
+    if count <= MOST_SUBGROUPS:
+        return
+    raise ConfigError(
+        [
+            f"offload.subgroup_elements={size}: would cut the {shard:,} parameters of a rank into "
+            f"{count:,} subgroups, and handing over more than {MOST_SUBGROUPS:,} takes longer than "
+            f"updating them; type offload.subgroup_elements={-(-shard // 1000)} or more"
+        ]
+    )
+
+
 def microbatch_rows(config: RunConfig, rows_per_rank: int) -> int:
     """Return the most rows per pass that divide a rank's share and stay within the limit."""
     limit = config.train.microbatch_rows
@@ -207,18 +223,26 @@ def circumstances(
     per_second = hardware.matmul_flops * share
     tokens = rows * config.data.sequence_length
     again = 0 if config.train.activation_checkpointing == "none" else flops.forward
-    without_state = fixed_memory(config, setting, rows, dtype.itemsize)
+    traffic = Traffic(
+        parameters=parameter_count(config.model, vocabulary),
+        element_bytes=dtype.itemsize,
+        ranks=setting.world_size,
+        ranks_per_host=setting.ranks_per_host,
+        replicas=config.parallel.replicas,
+        passes=accumulation,
+    )
     return Circumstances(
         hardware=hardware,
         device_type=setting.device_type,
-        host_memory_bytes=hardware.host_memory_bytes,
         ranks_per_host=setting.ranks_per_host,
         parameters=shard_size(config, setting),
         compute_dtype=dtype,
+        microbatch_rows=rows,
         accumulation=accumulation,
-        occupied_bytes=sum(without_state.values()),
+        fixed=fixed_memory(config, setting, rows, dtype.itemsize),
         forward_seconds=tokens * flops.forward / per_second,
         backward_seconds=tokens * (flops.backward + again) / per_second,
+        communication_seconds=communication_seconds(traffic, hardware.rates),
     )
 
 
@@ -237,8 +261,8 @@ def shard_size(config: RunConfig, setting: Setting) -> int:
 
 def fixed_memory(
     config: RunConfig, setting: Setting, rows: int, element_bytes: int
-) -> dict[str, int]:
-    """Return the device memory of one rank that offloading does not change, by kind, in bytes.
+) -> DeviceMemory:
+    """Return the device memory of one rank that offloading does not change.
 
     Weights have the compute dtype and are sharded over the ranks of one replica; while they are,
     two whole layers are gathered at a time.
@@ -253,27 +277,19 @@ def fixed_memory(
         bytes_per_element=element_bytes,
         checkpointing=config.train.activation_checkpointing,
     )
-    return {
-        "weights": element_bytes * shard,
-        "activations": activation_bytes(config.model, setting.vocabulary_size, forward),
-        "gathered_weights": 2 * element_bytes * whole // blocks if sharded else 0,
-    }
-
-
-def memory_of(
-    config: RunConfig, setting: Setting, rows: int, element_bytes: int, placement: OffloadPlan
-) -> Memory:
-    """Return the memory of one rank by kind, in bytes; without a forecast all state is counted on
-    the device.
-    """
-    chosen = placement.chosen
-    everything = shard_size(config, setting) * placement.resident_bytes_per_parameter
-    fits = chosen is not None and chosen.problem is None
-    return Memory(
-        **fixed_memory(config, setting, rows, element_bytes),
-        optimizer_state=chosen.device_bytes if chosen and fits else everything,
-        host_optimizer_state=chosen.host_bytes if chosen and fits else 0,
+    return DeviceMemory(
+        weights=element_bytes * shard,
+        activations=activation_bytes(config.model, setting.vocabulary_size, forward),
+        gathered_weights=2 * element_bytes * whole // blocks if sharded else 0,
     )
+
+
+def checkpoint_bytes_per_parameter(config: RunConfig) -> int:
+    """Return what a checkpoint stores of one parameter: the fp32 master weight and the moments in
+    their precision; a step count per tensor is not worth counting.
+    """
+    moment = 2 if config.offload.moments == "bfloat16" else 4
+    return 4 + moment * len(rule_of(config.optimizer).moments)
 
 
 def due_times(every: int, steps: int) -> int:

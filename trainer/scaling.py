@@ -1,16 +1,16 @@
 """How a recipe scales, on paper: compute, communication and update on 1 to many devices.
 
-The batch stays the recipe's, so more devices mean fewer passes each. FSDP2's traffic per pass is
-two gathers of the weights and one reduce-scatter of gradients; inside a node at the node's
-collective rate, across nodes at the network's, beside compute. Optimizer state is placed for every
-size anew: the more devices, the more of it fits on them.
+The batch stays the recipe's, so more devices mean fewer passes each. Every row is the plan for so
+many devices, so that table and sweep say the same; optimizer state is placed for every size anew:
+the more devices, the more of it fits on them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
-from interlace.trainer.plan import Plan, Setting, resolve
+from interlace.trainer.plan import Plan, Setting, on_ranks, resolve
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ScalingRow:
 
     Attributes:
         gpus: Devices.
-        problem: Why the recipe cannot run on so many, or None.
+        problem: Why the recipe cannot run on so many, in a few words, or None.
         compute: Forward and backward.
         communication: Gathers and reduce-scatters, whether hidden or not.
         exposed_update: What compute does not hide of the update.
@@ -42,13 +42,18 @@ class ScalingRow:
     host_bytes: int = 0
 
 
-def sweep(config: RunConfig, setting: Setting, first: int, last: int) -> list[ScalingRow]:
-    """Return one row for every power of two from `first` to `last` devices."""
-    rows: list[ScalingRow] = []
-    gpus = first
-    while gpus <= last:
-        rows.append(row_for(config, setting, gpus))
-        gpus *= 2
+def sizes(first: int, last: int) -> list[int]:
+    """Return `first`, doubled as long as it stays below `last`, and `last` itself."""
+    found: list[int] = []
+    while first < last:
+        found.append(first)
+        first *= 2
+    return [*found, last]
+
+
+def sweep(config: RunConfig, alone: Setting, counts: Sequence[int]) -> list[ScalingRow]:
+    """Return one row for each number of devices; `alone` is the setting of a single one."""
+    rows = [row_for(config, alone, gpus) for gpus in counts]
     base = next((row for row in rows if row.problem is None), None)
     return [
         row
@@ -61,49 +66,43 @@ def sweep(config: RunConfig, setting: Setting, first: int, last: int) -> list[Sc
     ]
 
 
-def row_for(config: RunConfig, setting: Setting, gpus: int) -> ScalingRow:
+def row_for(config: RunConfig, alone: Setting, gpus: int) -> ScalingRow:
     """Return the row of one number of devices."""
-    rates = setting.hardware.rates
-    assert rates is not None, "the caller brings a profile with rates"
-    here = replace(setting, world_size=gpus, ranks_per_host=min(gpus, rates.ranks_per_node))
     try:
-        plan = resolve(config, here)
-    except ConfigError as error:
-        return ScalingRow(gpus, problem=str(error).splitlines()[0])
+        plan = resolve(config, on_ranks(alone, gpus))
+    except ConfigError:
+        return ScalingRow(gpus, problem=uneven(config, gpus))
     chosen = plan.offload.chosen
-    if chosen is None or chosen.problem is not None:
-        return ScalingRow(gpus, problem=chosen.problem if chosen else "no rates")
-    if plan.memory.total > plan.device_memory_bytes:
-        return ScalingRow(
-            gpus, problem="weights and activations exceed device memory; more GPUs or smaller rows"
-        )
-    communication = plan.accumulation * communication_seconds(plan, gpus, setting)
-    step = max(plan.offload.compute_seconds, communication) + chosen.exposed_seconds
+    assert chosen is not None, "the caller brings a profile with rates"
+    if plan.offload.impossible:
+        setting = plan.offload.impossible[0].partition(":")[0]
+        return ScalingRow(gpus, problem=f"{setting} exceeds the machine's memory")
+    if chosen.problem is not None:
+        return ScalingRow(gpus, problem=chosen.shortage)
+    return row_of(plan)
+
+
+def uneven(config: RunConfig, gpus: int) -> str:
+    """Say in a few words why a batch or replicas do not divide."""
+    rows = config.train.tokens_per_step // config.data.sequence_length
+    if rows % gpus:
+        return f"the {rows:,} rows of a step do not split evenly"
+    if gpus % config.parallel.replicas:
+        return f"parallel.replicas={config.parallel.replicas} does not divide it"
+    return f"offload.subgroup_elements={config.offload.subgroup_elements} is too small"
+
+
+def row_of(plan: Plan) -> ScalingRow:
+    """Return the row of a plan that fits."""
+    chosen = plan.offload.chosen
+    assert chosen is not None
     return ScalingRow(
-        gpus=gpus,
+        gpus=plan.world_size,
         compute=plan.offload.compute_seconds,
-        communication=communication,
+        communication=plan.offload.communication_seconds,
         exposed_update=chosen.exposed_seconds,
-        step=step,
-        tokens_per_second=plan.tokens_per_step / step,
-        device_bytes=plan.memory.total,
-        host_bytes=plan.memory.host_optimizer_state,
+        step=chosen.step_seconds,
+        tokens_per_second=plan.tokens_per_step / chosen.step_seconds,
+        device_bytes=plan.memory.device.total,
+        host_bytes=plan.memory.host.total,
     )
-
-
-def communication_seconds(plan: Plan, gpus: int, setting: Setting) -> float:
-    """Return the seconds of one pass' collectives: a ring receives all but its own share, over the
-    slowest link on its way.
-    """
-    rates = setting.hardware.rates
-    assert rates is not None
-    if gpus == 1:
-        return 0.0
-    shards = gpus // plan.replicas
-    within = gpus <= rates.ranks_per_node
-    rate = rates.collective_bytes_per_second if within else rates.network_bytes_per_second
-    element = 4 if plan.compute_dtype == "float32" else 2
-    weights = element * plan.parameters * (shards - 1) / shards
-    # Gradients are reduced in float32.
-    gradients = 4 * plan.parameters * (gpus - 1) / gpus
-    return (2 * weights + gradients) / rate
