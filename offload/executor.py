@@ -104,7 +104,7 @@ class Executor:
                 slot.memory = self.memory(0)
                 slot.memory = self.memory(size)
 
-    def reset(self) -> None:
+    def forget_work(self) -> None:
         """Forget what passed through the slots; nothing is under way."""
         for slot in self.slots:
             slot.freed = ()

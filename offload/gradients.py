@@ -136,7 +136,7 @@ class Gradients:
         self.landings.append(landing)
         return landing
 
-    def reset(self) -> None:
+    def forget_work(self) -> None:
         """Forget what was under way; nothing is any more."""
         for landing in self.landings:
             landing.read = None

@@ -48,7 +48,7 @@ class Monitor:
         """Set the zero of a step's timeline."""
         self._zero = time.perf_counter()
 
-    def reset(self) -> None:
+    def forget_work(self) -> None:
         """Forget an update that was given up."""
         self._tickets = []
 

@@ -38,7 +38,7 @@ from interlace.offload.options import (
     streams_gradients,
 )
 from interlace.offload.ownership import claim, release, weakly
-from interlace.offload.persistence import load_state
+from interlace.offload.persistence import checked, load_state
 from interlace.offload.placement import Placement
 from interlace.offload.report import UpdateReport
 from interlace.offload.roster import Roster
@@ -100,7 +100,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._waits_in_forward = model is not None and overlap != "none"
         self._handles: list[RemovableHandle] = []
         self._step = OpenStep()
-        self._health = Health()
         self._constructed = False
         groups = listed(params)
         device = device_of(groups)
@@ -134,6 +133,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             sums_gradients=options.accumulation_steps > 1,
         )
         self._roster = Roster(model, layout, host, options.subgroup_elements)
+        self._health = Health(self._roster.settle)
         self.placement = Placement(lanes.device, self.strategy, budget, profile, options)
         self.monitor = Monitor(lanes, self.placement.profile, options.recalibrate)
         self._gradients = Gradients(lanes, host, self._gradient_came)
@@ -244,8 +244,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """Raise: the update that this gradient belongs to has begun without it."""
         name = self._roster.name_of(parameter, self.param_groups)
         message = late_gradient(name, self.overlap, self.options.accumulation_steps)
-        if self.overlap == "backward":
-            self._health.failure = message
+        self._health.failure = message
         raise RuntimeError(message)
 
     def _begin(self) -> None:
@@ -402,17 +401,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def wait_for(self, parameters: Iterable[torch.Tensor]) -> None:
         """Wait until these parameters have their new weights; the rest of the update goes on."""
+        members = self._roster.members
         with self.monitor.waiting(), self._health.watched():
-            for subgroup in {
-                self._roster.members[p][0]: None for p in parameters if p in self._roster.members
-            }:
+            for subgroup in {members[p][0]: None for p in parameters if p in members}:
                 ticket = subgroup.weights_ready
-                if ticket is None:
-                    continue
-                if isinstance(subgroup.members[0].parameter, DTensor):
+                if ticket is not None and isinstance(subgroup.members[0].parameter, DTensor):
                     # FSDP2 gathers shards on streams of its own, which must not run ahead.
                     ticket.wait()
-                else:
+                elif ticket is not None:
                     ticket.wait_on_stream()
 
     def synchronize(self) -> None:
@@ -452,14 +448,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._health.check()
         for adapt in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = adapt(self, dict(state_dict)) or state_dict
+        saved = checked(self.rule, self.param_groups, state_dict)
         self._roster.settle()
-        load_state(self.rule, self.param_groups, self._roster.members, self._adopt, state_dict)
-        self._roster.forget_work()
-        self._gradients.reset()
-        self._executor.reset()
-        self.monitor.reset()
+        for part in (self._roster, self._gradients, self._executor, self.monitor):
+            part.forget_work()
         self._forget_gradients()
         self._health.failure = None
+        frozen = [p for p, state in saved if state and p not in self._roster.members]
+        if frozen:
+            self._adopt(frozen)
+        load_state(self.param_groups, self._roster.members, saved, state_dict)
         for notify in self._optimizer_load_state_dict_post_hooks.values():
             notify(self)
 

@@ -1,14 +1,12 @@
 """Loading an optimizer state dict into live slabs, whatever their home and form are."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from interlace.kernels.update import UpdateRule, merge_master
 from interlace.offload.subgroup import MASTER, REMAINDER, Member, SubgroupState, local
-
-Places = Mapping[torch.Tensor, tuple[SubgroupState, Member]]
 
 NOT_OURS = {
     "amsgrad": False,
@@ -19,16 +17,15 @@ NOT_OURS = {
 """Settings of torch's optimizers that change the update, and the only value that our rules mean."""
 
 
-def load_state(
-    rule: UpdateRule,
-    groups: Sequence[dict[str, Any]],
-    places: Places,
-    adopt: Callable[[Sequence[torch.Tensor]], None],
-    state_dict: Mapping[str, Any],
-) -> None:
-    """Copy a state dict into live parameter groups and slabs, with no work under way; see
-    `OffloadedOptimizer.load_state_dict`. `adopt` gives parameters a place that have none, because
-    they are frozen, but come with state.
+Saved = list[tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""Every parameter and the state that was saved of it; empty before its first update."""
+
+
+def checked(
+    rule: UpdateRule, groups: Sequence[dict[str, Any]], state_dict: Mapping[str, Any]
+) -> Saved:
+    """Return what a state dict holds for every parameter; raise `ValueError`, before anything is
+    written, if it does not fit; see `OffloadedOptimizer.load_state_dict`.
     """
     saved_groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in saved_groups]
@@ -39,18 +36,25 @@ def load_state(
         )
     numbers = [number for group in saved_groups for number in group["params"]]
     parameters = [parameter for group in groups for parameter in group["params"]]
-    saved = [present(state_dict["state"].get(number, {})) for number in numbers]
-    # Everything is checked before anything is written.
+    states = [present(state_dict["state"].get(number, {})) for number in numbers]
     for group in saved_groups:
         check_settings(rule, group)
-    for parameter, state in zip(parameters, saved, strict=True):
+    for parameter, state in zip(parameters, states, strict=True):
         check_saved(rule, parameter, state)
-    pairs = list(zip(parameters, saved, strict=True))
-    adopt([parameter for parameter, state in pairs if state and parameter not in places])
-    for parameter, state in pairs:
+    return list(zip(parameters, states, strict=True))
+
+
+def load_state(
+    groups: Sequence[dict[str, Any]],
+    places: Mapping[torch.Tensor, tuple[SubgroupState, Member]],
+    saved: Saved,
+    state_dict: Mapping[str, Any],
+) -> None:
+    """Copy what `checked` returned into live parameter groups and slabs, with no work under way."""
+    for parameter, state in saved:
         if parameter in places:
             load_member(*places[parameter], state)
-    for group, saved_group in zip(groups, saved_groups, strict=True):
+    for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
         group.update({key: value for key, value in saved_group.items() if key != "params"})
 
 

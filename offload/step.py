@@ -4,7 +4,7 @@ A step opens with its first gradient and closes when every subgroup's update is 
 wrong in between is said here, in words a person can act on.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -36,9 +36,11 @@ class Health:
     """Whether the state may be trusted.
 
     Attributes:
-        failure: Why not, or None.
+        settle: Blocks until no work is under way, failed or not.
+        failure: Why the state may not be trusted, or None.
     """
 
+    settle: Callable[[], None]
     failure: str | None = None
 
     def check(self) -> None:
@@ -52,6 +54,8 @@ class Health:
         try:
             yield
         except LaneError as error:
+            # Nothing may go on writing while somebody mends what failed.
+            self.settle()
             self.failure = f"{error}; the state is half updated: continue from a checkpoint"
             raise LaneError(self.failure) from error
 
@@ -60,7 +64,7 @@ def late_gradient(name: str, overlap: str, declared: int) -> str:
     """Say what to do about a gradient whose update has begun without it."""
     late = f"a gradient of {name} came after its update had begun: "
     if overlap != "backward":
-        return f"{late}call step() to finish it, or load a checkpoint"
+        return f"{late}step() was interrupted; continue from a checkpoint"
     return (
         f"{late}overlap='backward' starts it with gradient {declared} of a step; declare how many "
         "there are with OffloadOptions(accumulation_steps=...), or use another overlap; continue "

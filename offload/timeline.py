@@ -25,7 +25,14 @@ COLOURS = {
     "weights": "#f2a541",
     "gradient": "#b8a2ca",
     "gradient sum": "#8c6bb1",
+    "late gradients": "#b8a2ca",
 }
+
+BEFORE = 0.25
+"""How much of the time before an update a picture shows, as a share of the longest update."""
+
+LEAST_WIDTH = 0.0015
+"""Width of the shortest bar as a share of the time axis: narrower ones would not be seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,23 +108,38 @@ def write_chrome_trace(steps: Mapping[str, Timeline], path: Path) -> None:
     path.write_text(json.dumps({"traceEvents": records}), encoding="utf-8")
 
 
-def draw_gantt(timelines: Mapping[str, Timeline], path: Path) -> None:
-    """Draw timelines as Gantt charts, one above the other on one time axis."""
+def draw_gantt(timelines: Mapping[str, Timeline], path: Path, note: str = "") -> None:
+    """Draw timelines as Gantt charts, one above the other on one time axis.
+
+    Time 0 is where an update begins: gradients that went before stand to the left of it, as far as
+    there is room, and titles give the seconds of the update without them.
+
+    Args:
+        timelines: Timelines by title.
+        path: The picture; its ending says the format.
+        note: A line above all charts.
+    """
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     height = 0.9 + 1.7 * len(timelines)
     figure = Figure(figsize=(11, height), layout="constrained")
+    if note:
+        figure.suptitle(note, x=0.01, ha="left", fontsize=10)
     charts = cast(
         "list[Axes]", figure.subplots(len(timelines), 1, sharex=True, squeeze=False)[:, 0].tolist()
     )
-    longest = max((t.makespan for t in timelines.values()), default=0.0)
+    updates = {name: update_part(timeline) for name, timeline in timelines.items()}
+    longest = max((update.makespan for update in updates.values()), default=0.0)
     unit, factor = ("s", 1.0) if longest >= 1.0 else ("ms", 1e3)
+    early = any(len(updates[name].events) < len(timelines[name].events) for name in timelines)
+    window = (-BEFORE * longest if early else -0.01 * longest, 1.01 * longest or 1.0)
     for chart, (name, timeline) in zip(charts, timelines.items(), strict=True):
-        draw_lanes(chart, timeline, factor, longest)
-        chart.set_title(f"{name}: {timeline.makespan * factor:.3g} {unit}", loc="left", fontsize=10)
-    charts[-1].set_xlabel(f"time ({unit})")
+        draw_lanes(chart, timeline, factor, window)
+        seconds = updates[name].makespan * factor
+        chart.set_title(f"{name}: {seconds:.3g} {unit}", loc="left", fontsize=10)
+    charts[-1].set_xlabel(f"time since the update began ({unit})")
     shown = {event.what for t in timelines.values() for event in t.events}
     keys = [Patch(color=colour, label=what) for what, colour in COLOURS.items() if what in shown]
     figure.legend(handles=keys, loc="outside lower center", ncols=max(1, len(keys)), frameon=False)
@@ -125,27 +147,55 @@ def draw_gantt(timelines: Mapping[str, Timeline], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def draw_lanes(chart: object, timeline: Timeline, factor: float, longest: float) -> None:
-    """Draw one timeline: a row per lane, a bar per event, numbers of subgroups where they fit."""
+def update_part(timeline: Timeline) -> Timeline:
+    """Return a timeline without the gradients that belong to backward."""
+    return Timeline(tuple(e for e in timeline.events if not e.what.startswith("gradient")))
+
+
+def draw_lanes(
+    chart: object, timeline: Timeline, factor: float, window: tuple[float, float]
+) -> None:
+    """Draw one timeline: a row per lane, a bar per event, numbers of subgroups where they fit.
+
+    Args:
+        chart: Axes to draw on.
+        timeline: What is drawn.
+        factor: Units of the time axis per second.
+        window: First and last second that the axis shows; 0 is the begin of the update.
+    """
     from matplotlib.axes import Axes
 
     assert isinstance(chart, Axes)
-    zero = min((event.start for event in timeline.events), default=0.0)
+    begin, end = (edge * factor for edge in window)
+    span = end - begin
+    zero = min((event.start for event in update_part(timeline).events), default=0.0)
     for row, lane in enumerate(LANES):
-        events = [event for event in timeline.events if event.lane == lane]
-        bars = [((e.start - zero) * factor, (e.stop - e.start) * factor) for e in events]
+        events = [
+            event
+            for event in timeline.events
+            if event.lane == lane and (event.stop - zero) * factor > begin
+        ]
+        bars = [
+            ((e.start - zero) * factor, max((e.stop - e.start) * factor, LEAST_WIDTH * span))
+            for e in events
+        ]
         colours = [COLOURS.get(event.what, "#999999") for event in events]
         # White gaps tell neighbours apart; they would swallow bars that are hardly wider.
-        gaps = [0.4 if length > 0.005 * longest * factor else 0.0 for _, length in bars]
+        gaps = [0.4 if length > 0.005 * span else 0.0 for _, length in bars]
         chart.broken_barh(
-            bars, (row - 0.4, 0.8), facecolors=colours, edgecolor="white", linewidth=gaps
+            bars,
+            (row - 0.4, 0.8),
+            facecolors=colours,
+            edgecolor="white",
+            linewidth=gaps,
+            snap=False,
         )
         for (start, length), event in zip(bars, events, strict=True):
-            if length > 0.02 * longest * factor:
-                middle = start + length / 2
+            middle = start + length / 2
+            if length > 0.02 * span and begin < middle < end:
                 chart.text(middle, row, str(event.subgroup), ha="center", va="center", fontsize=7)
     chart.set_yticks(range(len(LANES)), [LANE_TITLES[lane] for lane in LANES])
-    chart.invert_yaxis()
-    chart.margins(x=0.01)
+    chart.set_ylim(len(LANES) - 0.4, -0.6)
+    chart.set_xlim(begin, end)
     for side in ("top", "right"):
         chart.spines[side].set_visible(False)
