@@ -45,6 +45,14 @@ matching name counts."""
 MACHINES = Path(__file__).parent / "machines"
 """Profiles of known machines, one JSON file each."""
 
+PLAUSIBLE = {
+    "matmul_flops": (1e6, 1e19),
+    "memory_bytes": (2**20, 2**50),
+    "per_second": (1e3, 1e16),
+    "overhead_seconds": (0.0, 3600.0),
+}
+"""Bounds of the figures of a profile by the end of their names, wide enough for any machine."""
+
 
 class OffloadRates(BaseModel):
     """How fast one rank copies and updates, and what the ranks of a node share."""
@@ -160,7 +168,7 @@ def load_profile(name: str) -> HardwareProfile:
             f"that `interlace profile` wrote{hint}"
         )
     try:
-        return HardwareProfile.model_validate_json(path.read_text(encoding="utf-8"))
+        profile = HardwareProfile.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
@@ -168,6 +176,33 @@ def load_profile(name: str) -> HardwareProfile:
             f"hardware {name}: is not a profile: {where}: {first['msg']}; "
             "measure one with `interlace profile`"
         ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"hardware {name}: is not a profile: byte {error.start} is not UTF-8 text; "
+            "measure one with `interlace profile`"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"hardware {name}: cannot be read: {error.strerror}") from error
+    strange = implausible(profile)
+    if strange is not None:
+        raise ValueError(f"hardware {name}: {strange}; measure one with `interlace profile`")
+    return profile
+
+
+def implausible(profile: HardwareProfile) -> str | None:
+    """Return the first figure that no machine has, with the bounds that it breaks, or None."""
+    figures: dict[str, float] = {
+        "matmul_flops": profile.matmul_flops,
+        "device_memory_bytes": profile.device_memory_bytes,
+        "host_memory_bytes": profile.host_memory_bytes,
+    }
+    if profile.rates is not None:
+        figures |= {f"rates.{key}": value for key, value in profile.rates}
+    for key, value in figures.items():
+        low, high = next((pair for end, pair in PLAUSIBLE.items() if key.endswith(end)), (0, 1e6))
+        if not low <= value <= high:
+            return f"{key}={value:g} is no figure of a machine (from {low:g} to {high:g})"
+    return None
 
 
 def profile_hardware(device: torch.device, dtype: torch.dtype) -> HardwareProfile:

@@ -16,10 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from interlace.kernels.update import AdamW, Slab, Step, update
 from interlace.offload.cores import CpuPool, usable_cores
-from interlace.offload.hardware import HardwareProfile, OffloadRates, profile_hardware
+from interlace.offload.hardware import (
+    HardwareProfile,
+    OffloadRates,
+    implausible,
+    profile_hardware,
+)
 from interlace.offload.lanes import Lanes, Ticket
 from interlace.offload.memory import HostSlabs
 from interlace.offload.schedule import Footprint
@@ -299,18 +305,47 @@ def cache_path(device: torch.device) -> Path:
 
 
 def known_profile(device: torch.device, announce: Announce) -> HardwareProfile:
-    """Return this machine's profile from disk, or measure and keep it."""
+    """Return this machine's profile from disk, or measure and keep it.
+
+    A profile on disk that cannot be read, or that another version wrote, is measured again; one
+    that cannot be kept is measured again the next time.
+    """
     path = cache_path(device)
-    if path.is_file():
-        return HardwareProfile.model_validate_json(path.read_text(encoding="utf-8"))
+    known = profile_on_disk(path, announce)
+    if known is not None:
+        return known
     announce(f"measuring this machine once, for {path}")
     profile = measure(device, announce, trials=3)
-    keep(profile, path)
+    try:
+        keep(profile, path)
+    except OSError as error:
+        announce(f"{path} cannot be written ({error.strerror}); the next start measures again")
+    return profile
+
+
+def profile_on_disk(path: Path, announce: Announce) -> HardwareProfile | None:
+    """Return the profile on record, or None where there is none that can be used."""
+    try:
+        if not path.is_file():
+            return None
+        profile = HardwareProfile.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "damaged, or of another version"
+        announce(f"the profile on record cannot be used ({reason}): {path}")
+        return None
+    strange = implausible(profile)
+    if strange is not None or profile.rates is None:
+        announce(f"the profile on record cannot be used ({strange or 'it has no rates'}): {path}")
+        return None
     return profile
 
 
 def keep(profile: HardwareProfile, path: Path) -> None:
-    """Write a profile; several ranks may do it at once."""
+    """Write a profile; several ranks may do it at once.
+
+    Raises:
+        OSError: The folder cannot be made or written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_text(profile.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -22,14 +22,15 @@ from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.data.prepare import TOKENIZER_NAME, prepare
 from interlace.trainer.data.rows import TrainingRows, ValidationRows
 from interlace.trainer.data.shards import PreparedCorpus
-from interlace.trainer.errors import CheckpointError
+from interlace.trainer.errors import CheckpointError, ConfigError
 from interlace.trainer.models.language_model import LanguageModel
 from interlace.trainer.observe.console import Console
 from interlace.trainer.observe.environment import describe_environment
 from interlace.trainer.observe.metrics import METRICS_NAME, MetricsWriter, read_metrics
+from interlace.trainer.observe.offload_log import engine_messages
 from interlace.trainer.observe.plots import write_loss_curve
 from interlace.trainer.observe.report import write_report
-from interlace.trainer.observe.traces import UpdateTraces
+from interlace.trainer.observe.traces import PICTURE_NAME, TRACE_NAME, UpdateTraces
 from interlace.trainer.optimizer import build_optimizer
 from interlace.trainer.parallel import (
     compile_layers,
@@ -67,14 +68,17 @@ def open_run(config: RunConfig, world: World) -> Generator[Run]:
         metrics = None
         if world.is_main:
             metrics = stack.enter_context(MetricsWriter(parts.folder.path, progress.step))
+        stack.enter_context(engine_messages(console, parts.folder.path))
         stop = stack.enter_context(StopRequest(announce=world.is_main))
         run = Run(parts, progress, console, metrics, stop)
         traces = trace_updates(parts, console)
         try:
             yield run
+            # With overlap the last update is complete, but nobody has asked for its report.
+            parts.state.optimizer.finish_report()
         finally:
+            traces.close()
             console.close()
-            traces.write()
             if metrics is not None:
                 metrics.close()
                 draw_pictures(parts.folder.path)
@@ -111,6 +115,8 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
         ranks_per_host=local_ranks(),
     )
     plan = resolve(config, setting)
+    if plan.offload.impossible:
+        raise ConfigError(plan.offload.impossible)
     training, validation = TrainingRows(corpus, config), ValidationRows(corpus, config)
     torch.manual_seed(config.run.seed + world.rank)
     model = build_model(config, plan, world)
@@ -131,7 +137,8 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
     parts = Parts(
         config, world, folder, plan, hardware, attempt, corpus.digest, batches, model, state
     )
-    return parts, progress, [f"run folder {folder.path}", *folder.notes, *notes]
+    expected = [f"the plan expects trouble: {plan.offload.problem}"] if plan.offload.problem else []
+    return parts, progress, [f"run folder {folder.path}", *folder.notes, *notes, *expected]
 
 
 def hardware_for(config: RunConfig, world: World, dtype: torch.dtype) -> HardwareProfile:
@@ -228,6 +235,8 @@ def conclude(run: Run) -> None:
     print(f"  curve       {path / 'loss.png'}")
     if (path / "samples.txt").is_file():
         print(f"  sample      {path / 'samples.txt'}")
+    if (path / PICTURE_NAME).is_file():
+        print(f"  updates     {path / PICTURE_NAME}, and {TRACE_NAME} for ui.perfetto.dev")
     print(f"  report      {path / 'report.html'}")
     print(f"  more text   interlace sample {path} --prompt 'def '")
 

@@ -291,7 +291,7 @@ def budget_problems(device_gib: float | None, host_gib: float | None, room: Room
     ):
         if asked is not None and asked * GIB > there:
             found.append(
-                f"offload.{key}_budget_gib={asked:g}: a rank may fill {human_bytes(there)} of "
+                f"offload.{key}_budget_gib={asked:.10g}: a rank may fill {human_bytes(there)} of "
                 f"{where} memory on this machine; type offload.{key}_budget_gib=none for what is "
                 f"left of it, or {floor_digits(there / GIB)} at most"
             )

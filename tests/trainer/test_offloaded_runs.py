@@ -1,5 +1,6 @@
 """Whole runs: offloading changes where state is, never a number, on one rank and on several."""
 
+import base64
 import json
 import os
 import subprocess
@@ -9,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from digests import live_digest, stored_digest
 
+from interlace.offload.hardware import load_profile
+from interlace.offload.measure import cache_path, keep
 from interlace.trainer.checkpoint.commit import CheckpointStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,19 +146,70 @@ def test_a_traced_run_leaves_a_trace_a_picture_and_words(
     interlace: Interlace, tiny: Sequence[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    words = (*WAYS["optimal"], "observe.trace_steps=6:9", "train.steps=12", f"run.dir={run}")
+    # The last update of a run is of the span: nothing but the end of the run asks for its report.
+    words = (*WAYS["optimal"], "observe.trace_steps=6:14", "train.steps=8", f"run.dir={run}")
     done = interlace("train", *tiny, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith("update ")]
     assert [line.split(":")[0] for line in said] == ["update 6", "update 7", "update 8"]
     assert all("predicted" in line and "measured" in line and "bound by" in line for line in said)
+    assert (
+        "observe.trace_steps=6:14: 5 of its updates were not traced, since this start made updates "
+        "1 to 8"
+    ) in done.stdout.splitlines()
+    assert f"  updates     {run}/timeline.png, and timeline.json for ui.perfetto.dev" in done.stdout
     trace = json.loads((run / "timeline.json").read_text(encoding="utf-8"))["traceEvents"]
-    names = {record["args"]["name"] for record in trace if record["name"] == "process_name"}
-    assert names == {"predicted", *(f"update {n}, measured" for n in (6, 7, 8))}
+    names = [record["args"]["name"] for record in trace if record["name"] == "process_name"]
+    assert names[0] == "predicted"
+    measured = [name for name in names if not name.startswith("predicted")]
+    assert measured == [f"update {n}, measured" for n in (6, 7, 8)]
     assert (run / "timeline.png").stat().st_size > 10_000
+    picture = base64.b64encode((run / "timeline.png").read_bytes()).decode("ascii")
+    assert picture in (run / "report.html").read_text(encoding="utf-8")
     record = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert record["exposed_update_seconds"] > 0
     assert record["update_seconds"] > 0
+
+
+def test_a_corrected_prediction_is_told_between_the_lines_and_in_the_run_folder(
+    interlace: Interlace,
+    tiny: Sequence[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Nothing of this machine is as fast as what its record says.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    keep(load_profile("gh200"), cache_path(torch.device("cpu")))
+    run = tmp_path / "run"
+    words = (*WAYS["optimal"], "train.steps=10", f"run.dir={run}")
+    done = interlace("train", *tiny, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("offload: updates take ")]
+    assert said
+    kept = (run / "offload.log").read_text(encoding="utf-8")
+    assert said[0].removeprefix("offload: ") in kept
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("offload.strategy=optimal", "offload.host_budget_gib=1000000"),
+            "offload.host_budget_gib=1000000: a rank may fill ",
+        ),
+        (
+            ("offload.strategy=host", "offload.host_budget_gib=0.00001"),
+            "offload.strategy=host: optimizer state needs ",
+        ),
+    ],
+    ids=["beyond the machine", "too small"],
+)
+def test_memory_that_is_not_there_is_refused_before_training(
+    words: Sequence[str], message: str, interlace: Interlace, tiny: Sequence[str], tmp_path: Path
+) -> None:
+    done = interlace("train", *tiny, *words, f"run.dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"interlace: {message}")
 
 
 DDP = """

@@ -14,6 +14,9 @@ from interlace.trainer.config.problems import describe
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
 
+MOST_THREADS = 1024
+MOST_SLOTS = 64
+
 
 def validate(tables: Mapping[str, object]) -> RunConfig:
     """Check section tables against the schema and all named checks.
@@ -163,7 +166,7 @@ def stride_has_its_strategy(config: RunConfig) -> str | None:
         return None
     return (
         f"offload.stride={config.offload.stride}: offload.strategy={config.offload.strategy} does "
-        "not use it; type offload.strategy=stride, or leave it out"
+        "not use it; type offload.strategy=stride or offload.stride=none"
     )
 
 
@@ -179,6 +182,44 @@ def trace_span_is_not_empty(config: RunConfig) -> str | None:
         f"observe.trace_steps={span}: holds no step; type first:last with first at least 1 and "
         f"last above it, such as observe.trace_steps={max(1, first)}:{max(1, first) + 3}"
     )
+
+
+def trace_span_is_reached(config: RunConfig) -> str | None:
+    """A span that begins after the last step would trace nothing; one that goes on beyond it is
+    told of at the end of the run.
+    """
+    span, steps = config.observe.trace_steps, config.train.steps
+    if span is None or "steps" not in config.train.model_fields_set:
+        return None
+    first, last = (int(word) for word in span.split(":"))
+    if not steps < first < last:
+        return None
+    start = max(1, steps + 1 - (last - first))
+    return (
+        f"observe.trace_steps={span}: begins after the last of train.steps={steps}, so no update "
+        f"would be traced; type observe.trace_steps={start}:{steps + 1} or observe.trace_steps=none"
+    )
+
+
+def offload_is_of_human_size(config: RunConfig) -> str | None:
+    """Threads and slots that no machine has are slips of the hand."""
+    offload = config.offload
+    for key, value, most, why in (
+        ("cpu_threads", offload.cpu_threads, MOST_THREADS, "more threads than any host has cores"),
+        (
+            "staging_slots",
+            offload.staging_slots,
+            MOST_SLOTS,
+            "each costs device memory, and two keep both copy directions busy",
+        ),
+    ):
+        if value is not None and value > most:
+            default = "none" if key == "cpu_threads" else "2"
+            return (
+                f"offload.{key}={value}: must be {most} or less ({why}); type "
+                f"offload.{key}={default}"
+            )
+    return None
 
 
 def tokenizer_exists(config: RunConfig) -> str | None:
@@ -204,4 +245,6 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     overlap_is_exact,
     stride_has_its_strategy,
     trace_span_is_not_empty,
+    trace_span_is_reached,
+    offload_is_of_human_size,
 )

@@ -23,6 +23,7 @@ from interlace.trainer.observe.plots import (
     loss_figure,
     picture,
 )
+from interlace.trainer.observe.traces import PICTURE_NAME
 from interlace.trainer.observe.units import human_bytes, human_count, human_duration
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def write_report(run_dir: Path) -> Path:
         headline(records, plan),
         "<h2>Loss</h2>" + image(loss_figure(records), "loss over steps") if records else "",
         small_pictures(records),
+        updates(run_dir / PICTURE_NAME),
         samples(run_dir / "samples.txt"),
         configuration(run_dir / "config.toml"),
         listing("Plan", plan),
@@ -133,9 +135,21 @@ def small_pictures(records: Sequence[StepRecord]) -> str:
     return f'<div class="grid">{cells}</div>'
 
 
+def updates(path: Path) -> str:
+    """The lanes of traced updates."""
+    if not path.is_file():
+        return ""
+    return "<h2>Updates</h2>" + inline(path.read_bytes(), "lanes of traced updates over time")
+
+
 def image(figure: "Figure", description: str) -> str:
     """Return a figure as an inline picture."""
-    data = base64.b64encode(picture(figure)).decode("ascii")
+    return inline(picture(figure), description)
+
+
+def inline(png: bytes, description: str) -> str:
+    """Return a picture as a part of the page."""
+    data = base64.b64encode(png).decode("ascii")
     return f'<img alt="{escape(description)}" src="data:image/png;base64,{data}">'
 
 

@@ -87,7 +87,14 @@ WRONG_OVERRIDES = {
     "all gradients, which is known after backward only; type offload.overlap=forward or "
     "optimizer.clip=0",
     "offload.stride=3": "offload.stride=3: offload.strategy=none does not use it; type "
-    "offload.strategy=stride, or leave it out",
+    "offload.strategy=stride or offload.stride=none",
+    "offload.cpu_threads=100000": "offload.cpu_threads=100000: must be 1024 or less (more threads "
+    "than any host has cores); type offload.cpu_threads=none",
+    "offload.staging_slots=1000000": "offload.staging_slots=1000000: must be 64 or less (each "
+    "costs device memory, and two keep both copy directions busy); type offload.staging_slots=2",
+    "train.steps=5 observe.trace_steps=50:53": "observe.trace_steps=50:53: begins after the last "
+    "of train.steps=5, so no update would be traced; type observe.trace_steps=3:6 or "
+    "observe.trace_steps=none",
     "observe.trace_steps=5:5": "observe.trace_steps=5:5: holds no step; type first:last with "
     "first at least 1 and last above it, such as observe.trace_steps=5:8",
     "optimizer.schedule=wds": "optimizer.schedule=wds: must be one of 'constant', 'cosine' or "
@@ -213,6 +220,22 @@ def test_later_layers_win_and_their_history_is_kept(tmp_path: Path) -> None:
     assert recipe.config.run.dir == "2024"
     assert recipe.config.run.name == "own"
     assert [origin.value for origin in recipe.origins["train.steps"]] == [600, 9, 8]
+
+
+def test_a_span_that_the_last_step_cuts_short_is_no_mistake() -> None:
+    words = ["train.steps=51", "observe.trace_steps=50:53"]
+    assert load_recipe("quickstart", words).config.observe.trace_steps == "50:53"
+
+
+def test_a_run_can_leave_its_stride_behind(tmp_path: Path) -> None:
+    saved = '[offload]\nstrategy = "stride"\nstride = 3\n'
+    path = write(tmp_path / "config.toml", saved)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, ["offload.strategy=optimal"])
+    remedy = str(caught.value).split(" or ")[-1]
+    assert remedy == "offload.stride=none"
+    config = load_recipe(path, ["offload.strategy=optimal", remedy]).config
+    assert config.offload.stride is None
 
 
 def test_a_config_cannot_be_changed() -> None:
