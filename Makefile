@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+GPU_PYTHON ?= $(BIN)/python
 SOURCES := kernels offload trainer launch benchmarks tests
 
 .PHONY: train test lint types bench gpu clean
@@ -24,11 +25,12 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/cpu_update.py
 	$(BIN)/python benchmarks/offload.py
 
-gpu: $(VENV)/installed-dev
-	$(BIN)/pytest -m gpu
-	$(BIN)/python benchmarks/offload.py --save
-	$(BIN)/python benchmarks/cpu_update.py
-	$(BIN)/python benchmarks/versus_bare_loop.py
+# Where the packages are there already:  make gpu GPU_PYTHON=python3
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/installed-dev)
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest -m gpu
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/offload.py --save
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/cpu_update.py --save
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/versus_bare_loop.py
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'interlace needs Python 3.11 or newer; try  make PYTHON=python3.12')"

@@ -37,8 +37,8 @@ def machine() -> dict[str, object]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return rows as a Markdown table; the first row's keys are the columns."""
-    columns = list(rows[0])
+    """Return rows as a Markdown table; the columns are the keys of all rows."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [[shown(row.get(column, "")) for column in columns] for row in rows]
     widths = [
         max(len(column), *(len(line[n]) for line in cells)) for n, column in enumerate(columns)

@@ -38,6 +38,7 @@ class Case:
     steps: int = 4
     stride: int | None = None
     stream: bool | None = None
+    device: str = "cpu"
 
 
 class Part(nn.Module):
@@ -76,7 +77,7 @@ def groups_of(model: nn.Module, number: int) -> list[dict[str, object]]:
 
 def open_case(case: Case, profile: HardwareProfile) -> tuple[Toy, OffloadedOptimizer]:
     """Return a toy and its optimizer."""
-    model = Toy(case.dtype)
+    model = Toy(case.dtype).to(case.device)
     optimizer = OffloadedOptimizer(
         groups_of(model, case.groups),
         case.rule,
@@ -117,10 +118,10 @@ def train(case: Case, profile: HardwareProfile) -> dict[str, torch.Tensor]:
     optimizer.synchronize()
     result: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        result[name] = parameter.detach().clone()
-        result[f"{name}.master"] = optimizer.master(parameter).clone()
+        result[name] = parameter.detach().cpu().clone()
+        result[f"{name}.master"] = optimizer.master(parameter).cpu().clone()
         for key in ("step", *case.rule.moments):
-            result[f"{name}.{key}"] = optimizer.state[parameter][key].clone()
+            result[f"{name}.{key}"] = optimizer.state[parameter][key].cpu().clone()
     optimizer.close()
     return result
 
