@@ -40,18 +40,18 @@ GIGA = 1e9
 def simulated_node() -> tuple[HardwareProfile, Throttle]:
     """Return a node on which staging and the CPU are about equally fast, and its lanes."""
     throttle = Throttle(
-        h2d_bytes_per_second=6 * GIGA,
-        d2h_bytes_per_second=6 * GIGA,
-        cpu_bytes_per_second=10 * GIGA,
-        device_bytes_per_second=20 * GIGA,
+        h2d_bytes_per_second=3 * GIGA,
+        d2h_bytes_per_second=3 * GIGA,
+        cpu_bytes_per_second=5 * GIGA,
+        device_bytes_per_second=10 * GIGA,
     )
     rates = OffloadRates(
-        h2d_bytes_per_second=6 * GIGA,
-        d2h_bytes_per_second=6 * GIGA,
-        pageable_bytes_per_second=3 * GIGA,
-        cpu_update_bytes_per_second=10 * GIGA,
+        h2d_bytes_per_second=3 * GIGA,
+        d2h_bytes_per_second=3 * GIGA,
+        pageable_bytes_per_second=1 * GIGA,
+        cpu_update_bytes_per_second=5 * GIGA,
         cpu_cast_elements_per_second=1 * GIGA,
-        device_update_bytes_per_second=20 * GIGA,
+        device_update_bytes_per_second=10 * GIGA,
         host_dram_bytes_per_second=1000 * GIGA,
         collective_bytes_per_second=1 * GIGA,
         network_bytes_per_second=1 * GIGA,

@@ -164,8 +164,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             raise
 
     def _adopt(self, frozen: Collection[torch.Tensor] = ()) -> None:
-        """Choose homes for all parameters that have no state yet and for all others, and make room
-        before anything is allocated. Frozen parameters get no state but for those named.
+        """Choose homes for all parameters, those without state included, before anything is
+        allocated. Frozen ones get no state but for those named.
         """
         roster = self._roster
         fresh = roster.newcomers(self.param_groups, frozen)
@@ -187,13 +187,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             homes: One per subgroup, in their order.
         """
         self.synchronize()
-        # What leaves the device goes first, so that both never need the room at once.
-        for leaving in (True, False):
-            for subgroup, home in zip(self.subgroups, homes, strict=True):
-                if (home is not Home.RESIDENT) == leaving:
-                    subgroup.move(home)
+        pairs = list(zip(self.subgroups, homes, strict=True))
+        # What leaves the device goes first, and slots take their size before residents come.
+        self._move((subgroup, home) for subgroup, home in pairs if home is not Home.RESIDENT)
         self._executor.make_slots(self.subgroups)
-        for subgroup in self.subgroups:
+        self._move((subgroup, home) for subgroup, home in pairs if home is Home.RESIDENT)
+
+    def _move(self, pairs: Iterable[tuple[SubgroupState, Home]]) -> None:
+        """Move subgroups, one after another; `state` lets go of each one's old memory at once."""
+        for subgroup, home in pairs:
+            subgroup.move(home)
             for member in subgroup.members:
                 self.state[member.parameter] = dict(subgroup.state_of(member))
 
