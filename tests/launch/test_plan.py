@@ -10,8 +10,10 @@ import pytest
 from interlace.launch.cli import main
 from interlace.launch.offload_table import parse_sweep
 from interlace.launch.typeset import typeset
+from interlace.offload.hardware import load_profile
+from interlace.trainer.config import list_recipes
 from interlace.trainer.errors import ConfigError
-from interlace.trainer.observe.units import human_flops, human_seconds
+from interlace.trainer.observe.units import human_count, human_flops, human_seconds
 
 PlanOf = Callable[..., Any]
 
@@ -164,6 +166,49 @@ def test_advice_is_something_that_can_be_typed(page_of: Callable[..., str]) -> N
     page = page_of(*words, *stride, "offload.strategy=optimal", "offload.stride=none")
     row = next(line for line in page.splitlines() if line.startswith("> optimal"))
     assert promised in row
+
+
+def card_of_24_gb(folder: Path) -> str:
+    """A profile of a machine with one such card: an A100's rates and less memory."""
+    document = load_profile("4xa100-pcie4").model_dump(mode="json")
+    document |= {"name": "card", "device_memory_bytes": 24 * 2**30, "host_memory_bytes": 64 * 2**30}
+    document["rates"]["ranks_per_node"] = 1
+    (folder / "card.json").write_text(json.dumps(document), encoding="utf-8")
+    return str(folder / "card.json")
+
+
+def test_recipes_offload_on_the_machines_that_they_name(plan_of: PlanOf, tmp_path: Path) -> None:
+    card = card_of_24_gb(tmp_path)
+    for words, least, most in (
+        (("gpt_1b_offload", "--hardware", card), 0.4, 0.7),
+        (("gpt_7b_offload", "--hardware", "4xh100-pcie5"), 0.4, 0.6),
+        (("gpt_20b_offload", "--hardware", "4xh100-pcie5", "--ranks", "4"), 0.05, 0.2),
+    ):
+        plan = plan_of(*words)
+        found = {f["strategy"]: f for f in plan["offload"]["forecasts"]}
+        assert found["none"]["problem"], "it would not need to offload"
+        homes = chosen(plan)["homes"]
+        total = sum(home["bytes"] for home in homes.values())
+        assert least < 1 - homes["resident"]["bytes"] / total < most
+        assert chosen(plan)["step_seconds"] == min(
+            f["step_seconds"] for f in found.values() if f["problem"] is None
+        )
+    plain = ("train.microbatch_rows=4", "train.activation_checkpointing=block")
+    recomputed = plan_of("gpt_1b_offload", "--hardware", card, "offload.strategy=none", *plain)
+    plan = plan_of("gpt_1b_offload", "--hardware", card)
+    assert recomputed["offload"]["problem"] is None
+    assert chosen(plan)["step_seconds"] < 0.8 * chosen(recomputed)["step_seconds"]
+
+
+@pytest.mark.parametrize("name", ["gpt_1b_offload", "gpt_7b_offload", "gpt_20b_offload"])
+def test_recipes_tell_their_size(name: str, plan_of: PlanOf) -> None:
+    told = list_recipes()[name].split(" parameters")[0]
+    size = human_count(plan_of(name, "--hardware", "h200", "--ranks", "4")["parameters"])
+    assert size.replace(".5", "") == told if name == "gpt_20b_offload" else size == told
+
+
+def test_a_shorter_quickstart_needs_no_other_span(plan_of: PlanOf) -> None:
+    assert plan_of("quickstart_offload", "train.steps=8")["steps"] == 8
 
 
 def test_a_checkpoint_is_as_large_as_the_rule_makes_it(plan_of: PlanOf) -> None:
