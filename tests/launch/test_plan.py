@@ -11,6 +11,7 @@ from interlace.launch.cli import main
 from interlace.launch.offload_table import parse_sweep
 from interlace.launch.typeset import typeset
 from interlace.offload.hardware import load_profile
+from interlace.offload.timeline import Timeline
 from interlace.trainer.config import list_recipes
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.observe.units import human_count, human_flops, human_seconds
@@ -334,6 +335,24 @@ def test_a_picture_may_be_named_in_capitals(plan_of: PlanOf, tmp_path: Path) -> 
     picture = tmp_path / "LANES.PNG"
     plan_of("gpt_1b_offload", "--hardware", "h200", "--timeline", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("elements", [100_000_000, 10_000_000])
+def test_pictures_say_what_the_table_says(
+    elements: int, plan_of: PlanOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Timeline] = {}
+    monkeypatch.setattr(
+        "interlace.launch.offload_table.draw_gantt", lambda found, _: drawn.update(found)
+    )
+    words = ("gpt_7b_offload", "--hardware", "4xh100-pcie5", "train.tokens_per_step=8192")
+    picture = ("--timeline", str(tmp_path / "lanes.png"))
+    plan = plan_of(*words, f"offload.subgroup_elements={elements}", *picture)
+    fitting = [f for f in plan["offload"]["forecasts"] if f["problem"] is None]
+    assert len(fitting) == 3
+    for forecast in fitting:
+        timeline = drawn[f"{forecast['strategy']} (predicted)"]
+        assert timeline.makespan == pytest.approx(forecast["update_seconds"], rel=1e-3)
 
 
 def test_help_shows_machines_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
