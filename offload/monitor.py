@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 import torch
 
-from interlace.offload.calibration import Calibration
+from interlace.offload.calibration import Calibration, Probation
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.lanes import Lanes, Ticket
 from interlace.offload.report import UpdateReport, clock_for, report_of
-from interlace.offload.schedule import Schedule
+from interlace.offload.schedule import Home, Schedule
 from interlace.offload.subgroup import SubgroupState
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ class Monitor:
         on_report: Called with the report of every finished update.
         last: The newest report.
         corrected: The machine as calibration believes it to be; None while nothing was corrected.
+        probation: Whether the newest homes are faster than those before.
+        retreat: The homes to take back, where these were.
     """
 
     def __init__(self, lanes: Lanes, profile: HardwareProfile | None, recalibrate: bool) -> None:
@@ -37,6 +39,9 @@ class Monitor:
         self.corrected: HardwareProfile | None = None
         watch = recalibrate and profile is not None and profile.rates is not None
         self._calibration = Calibration(profile) if watch and profile is not None else None
+        self.probation = Probation()
+        self.retreat: tuple[Home, ...] | None = None
+        self._measured = 0.0
         self._tickets: list[Ticket] = []
         self._zero = time.perf_counter()
         self._blocked_before = 0.0
@@ -90,8 +95,11 @@ class Monitor:
         self._stalls = self._stalls[len(passed) :]
         return sum(stalled.elapsed_time(resumed) for stalled, resumed in passed) / 1e3
 
-    def finish(self, schedule: Schedule | None) -> bool:
-        """Report the update that is complete; return whether homes should be chosen anew."""
+    def finish(self, schedule: Schedule | None, homes: tuple[Home, ...]) -> bool:
+        """Report the update that is complete; return whether homes should be chosen anew, or taken
+        back: `retreat` says which then.
+        """
+        self.retreat = None
         if not self._tickets:
             return False
         tickets, self._tickets = self._tickets, []
@@ -101,15 +109,26 @@ class Monitor:
         self.last = report
         if self.on_report is not None:
             self.on_report(report)
-        if self._calibration is None or schedule is None:
+        calibration = self._calibration
+        if calibration is None or schedule is None:
             return False
-        if not self._calibration.notice(report, schedule):
+        self.retreat = self.probation.notice(report.update_seconds, homes)
+        if self.retreat is not None:
+            logger.info("the new homes are slower than those before: back to these")
+            calibration.start_again()
+            return True
+        if not calibration.notice(report, schedule):
             return False
-        predicted = schedule.prediction.update_seconds
-        logger.info("%s", self._calibration.words(report, predicted))
-        self._calibration.correct()
-        self.corrected = self._calibration.profile
+        logger.info("%s", calibration.words(report, schedule))
+        self._measured = calibration.seconds
+        calibration.correct(schedule)
+        self.corrected = calibration.profile
         return True
+
+    def moved(self, before: tuple[Home, ...], now: tuple[Home, ...]) -> None:
+        """Let new homes prove themselves against those before, unless these are the old ones."""
+        if before != now and self.retreat is None:
+            self.probation.begin(before, self._measured)
 
     def device_is_short(self) -> bool:
         """Whether the allocator had to free its cache to go on since the last call."""

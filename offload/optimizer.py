@@ -206,9 +206,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         When updates have been off their prediction for a while, homes are chosen anew here.
         """
         self.synchronize()
-        if self.monitor.finish(self.schedule) and self.monitor.corrected is not None:
-            corrected = self.monitor.corrected
-            self.rehome(self.placement.reconsider(self._roster.shapes, self.homes, corrected))
+        if self.monitor.finish(self.schedule, self.homes):
+            homes = self.placement.reconsider(self._roster.shapes, self.homes, self.monitor)
+            self.monitor.moved(self.homes, homes)
+            self.rehome(homes)
         return self.monitor.last
 
     def give_back(self, device_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +16,7 @@ from interlace.offload.memory import (
     available_device_bytes,
     available_host_bytes,
 )
+from interlace.offload.monitor import Monitor
 from interlace.offload.options import OffloadOptions, Strategy
 from interlace.offload.performance_model import fixed_homes, predict_homes, rates_of, solve
 from interlace.offload.schedule import Home, MemoryBudget, MemoryShortage, Schedule, Subgroup
@@ -114,13 +116,20 @@ class Placement:
         return self.schedule.homes
 
     def reconsider(
-        self, subgroups: Sequence[Subgroup], homes: tuple[Home, ...], profile: HardwareProfile
+        self, subgroups: Sequence[Subgroup], homes: tuple[Home, ...], monitor: Monitor
     ) -> tuple[Home, ...]:
-        """Return homes under corrected rates; the present ones unless others gain enough."""
-        present = self.schedule
+        """Return homes under corrected rates, or those that were better; the present ones unless
+        others gain enough.
+        """
+        present, window = self.schedule, self.options.hidden_window
         assert present is not None, "only predicted schedules are found wrong"
-        self.profile = profile
-        stay = predict_homes(profile, present, self.options.hidden_window)
+        self.profile = profile = monitor.corrected or self.profile
+        assert profile is not None, "who predicts knows the machine"
+        if monitor.retreat is not None:
+            back = replace(present, homes=self.filled(subgroups, monitor.retreat))
+            self.schedule = predict_homes(profile, back, window)
+            return monitor.retreat
+        stay = predict_homes(profile, present, window)
         try:
             chosen = self.choose(subgroups, subgroups, homes)
         except MemoryShortage:
@@ -128,13 +137,18 @@ class Placement:
             chosen = homes
         assert self.schedule is not None
         gain = 1 - self.schedule.prediction.update_seconds / stay.prediction.update_seconds
-        if chosen == homes or gain < WORTHWHILE:
+        if chosen == homes or gain < WORTHWHILE or chosen in monitor.probation.refused:
             self.schedule = stay
             logger.info("homes stay as they are; the prediction is corrected")
             return homes
         moved = sum(before is not after for before, after in zip(homes, chosen, strict=True))
         logger.info("%d subgroups take another home: %.0f%% less time", moved, 100 * gain)
         return chosen
+
+    def filled(self, subgroups: Sequence[Subgroup], homes: Sequence[Home]) -> tuple[Home, ...]:
+        """Return the homes of subgroups that have elements, of which schedules consist."""
+        pairs = zip(subgroups, homes, strict=True)
+        return tuple(home for subgroup, home in pairs if subgroup.elements)
 
     def give_back(
         self, subgroups: Sequence[Subgroup], homes: tuple[Home, ...], device_bytes: int
