@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 
 from interlace.kernels.update import AdamW, Slab, Step, update
-from interlace.offload.cores import CpuPool, usable_cores
+from interlace.offload.cores import CpuPool, local_ranks, usable_cores
 from interlace.offload.hardware import (
     HardwareProfile,
     OffloadRates,
@@ -42,7 +42,8 @@ FOOTPRINT = Footprint(weight=2, gradient=2, state=12)
 
 def measure(device: torch.device, announce: Announce, trials: int = 5) -> HardwareProfile:
     """Measure everything; `announce` gets a line before each part."""
-    pool = CpuPool(device=device)
+    # All cores that there are, whatever a launcher says of shares: the node is measured.
+    pool = CpuPool(cores=usable_cores())
     try:
         return Measurement(device, pool, announce, trials).profile()
     finally:
@@ -68,6 +69,9 @@ class Measurement:
         self.trials = trials
         self.on_gpu = device.type == "cuda"
         self.ranks = max(1, torch.cuda.device_count()) if self.on_gpu else 1
+        # A launcher that binds every rank to cores of its own lets one rank see its part alone.
+        bound = local_ranks() > 1 and len(usable_cores()) < (os.cpu_count() or 1)
+        self.parts = local_ranks() if bound else 1
         self.host = HostSlabs(pool, pin=self.on_gpu)
         self.details: dict[str, dict[str, float]] = {}
 
@@ -96,11 +100,11 @@ class Measurement:
             duplex_efficiency=duplex,
             pageable_bytes_per_second=self.pageable(),
             # Measured with all cores, which the ranks of the node share.
-            cpu_update_bytes_per_second=cpu / self.ranks,
+            cpu_update_bytes_per_second=cpu * self.parts / self.ranks,
             piece_overhead_seconds=overhead,
             cpu_cast_elements_per_second=self.cast(),
             device_update_bytes_per_second=on_device,
-            host_dram_bytes_per_second=dram,
+            host_dram_bytes_per_second=dram * self.parts,
             collective_bytes_per_second=ASSUMED_COLLECTIVE,
             network_bytes_per_second=ASSUMED_COLLECTIVE,
         )
@@ -204,7 +208,7 @@ class Measurement:
         figures: dict[str, float] = {}
         counts = sorted({1, *(2**n for n in range(10) if 2**n < self.pool.threads)})
         for threads in [*counts, self.pool.threads]:
-            pool = self.pool if threads == self.pool.threads else CpuPool(threads)
+            pool = self.pool if threads == self.pool.threads else CpuPool(threads, usable_cores())
 
             def work(pool: CpuPool = pool) -> None:
                 pool.over_range(

@@ -9,7 +9,7 @@ import torch
 from interlace.offload.calibration import WORTHWHILE
 from interlace.offload.cores import local_ranks
 from interlace.offload.fit import check_memory, memory_needs
-from interlace.offload.hardware import HardwareProfile
+from interlace.offload.hardware import HardwareProfile, with_active_ranks
 from interlace.offload.measure import known_profile
 from interlace.offload.memory import (
     HOST_SHARE,
@@ -52,7 +52,9 @@ class Placement:
         self.schedule: Schedule | None = None
         needs_none = fixed_homes(strategy, 0, options.stride) is not None
         if not needs_none:
-            profile = profile or known_profile(device, logger.info)
+            profile = profile or with_active_ranks(
+                known_profile(device, logger.info), local_ranks()
+            )
             # Without rates there is nothing to decide by.
             rates_of(profile)
         self.profile = profile
