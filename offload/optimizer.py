@@ -201,9 +201,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 self.state[member.parameter] = dict(subgroup.state_of(member))
 
     def finish_report(self) -> UpdateReport | None:
-        """Wait for the update under way and return its report, or the newest one there is.
-
-        When updates have been off their prediction for a while, homes are chosen anew here.
+        """Wait for the update under way and return its report, or the newest one there is. When
+        updates have been off their prediction for a while, homes are chosen anew here.
         """
         self.synchronize()
         if self.monitor.finish(self.schedule, self.homes):
@@ -294,19 +293,17 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         )
         if any(thawed):
             self._adopt()
-        for parameter in self._roster.members:
+        for parameter, (_, member) in self._roster.members.items():
             if parameter.grad is not None:
                 self._take(parameter)
+                if member.arriving is not None:
+                    # Whose buffer it is may fill it anew: DDP its buckets, a loop its own.
+                    member.arriving.wait_on_stream()
 
     def gradients(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield every parameter whose gradient came and the gradient: this rank's part, summed."""
         self._take_remaining()
-        for subgroup in self.subgroups:
-            subgroup.wait()
-            for member in subgroup.members:
-                if member.arrivals:
-                    piece = subgroup.gradient[member.start : member.stop]
-                    yield member.parameter, piece.view(local(member.parameter).shape)
+        yield from self._roster.gradients()
 
     @property
     def update_begun(self) -> bool:
@@ -440,9 +437,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore
-        """Load what `state_dict` returned, also under another strategy, and also what the same rule
-        in torch.optim returned. Load the model's weights first. Gradients that came are forgotten,
-        and an optimizer whose update failed is sound again.
+        """Load what `state_dict` returned, also under another strategy, and what the same rule in
+        torch.optim returned. Load the model's weights first. Gradients that came are forgotten, and
+        an optimizer whose update failed is sound again.
 
         Raises:
             ValueError: The groups or shapes differ, a moment is missing, or a setting of the saved

@@ -1,6 +1,6 @@
 """Who is served: parameters, their subgroups, their order of use and their names."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -12,7 +12,7 @@ from interlace.offload.forward import forward_order
 from interlace.offload.lanes import LaneError
 from interlace.offload.memory import HostSlabs
 from interlace.offload.schedule import Home, Subgroup
-from interlace.offload.subgroup import Member, StateLayout, SubgroupState, cut
+from interlace.offload.subgroup import Member, StateLayout, SubgroupState, cut, local
 
 
 class Roster:
@@ -82,6 +82,15 @@ class Roster:
                 subgroup.settle(home)
                 for member in subgroup.members:
                     self.members[member.parameter] = (subgroup, member)
+
+    def gradients(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield every parameter whose gradient came and the gradient, once all of it is there."""
+        for subgroup in self.subgroups:
+            subgroup.wait()
+            for member in subgroup.members:
+                if member.arrivals:
+                    piece = subgroup.gradient[member.start : member.stop]
+                    yield member.parameter, piece.view(local(member.parameter).shape)
 
     def wait_on_stream(self) -> None:
         """Let everything that follows on the current stream see the update."""

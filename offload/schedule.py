@@ -10,6 +10,12 @@ successors, with a one-pass update on the CPU.
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal, get_args
+
+Strategy = Literal["none", "host", "stride", "optimal"]
+"""All resident; all on the host; every k-th staged; as the performance model decides."""
+
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
 class MemoryShortage(ValueError):
@@ -33,8 +39,8 @@ class Footprint:
         gradient: The gradient, where it is made and where it travels.
         state: Everything the update rule keeps: master weight and moments. With a split master it
             includes the high plane, which is the weight itself.
-        split_master: Whether the master is the device's weight plus a 16-bit remainder, so that the
-            high plane needs no copy of its own.
+        weight_is_master: Whether the master is the device's weight itself, or that and a 16-bit
+            remainder: then the weight, or high plane, needs no copy of its own.
     """
 
     weight: int
@@ -49,6 +55,14 @@ class Footprint:
         Where the weight is the master, or its high plane, the device holds that already.
         """
         return self.state - (self.weight if self.weight_is_master else 0)
+
+    @property
+    def gradient_copy(self) -> int:
+        """Bytes that a backward pass sends to the host per parameter that the CPU updates.
+
+        Gradients are made in the weight's dtype; where they are kept wider, they are summed there.
+        """
+        return min(self.weight, self.gradient)
 
     @property
     def staged_dram(self) -> int:
@@ -70,6 +84,18 @@ class Footprint:
         """Bytes that the CPU itself reads and writes per parameter it updates."""
         weight_write = 0 if self.weight_is_master else self.weight
         return self.gradient + 2 * self.state + weight_write
+
+    @property
+    def host_update_dram(self) -> int:
+        """Bytes of host memory that the CPU's update moves per parameter; the gradient was there,
+        and the copy engine reads the weight.
+        """
+        return self.host_dram - self.gradient - self.weight
+
+    @property
+    def upload_blocks(self) -> bool:
+        """Whether the CPU waits while the weights that it made are copied up."""
+        return False
 
     @property
     def resident_memory(self) -> int:

@@ -4,60 +4,25 @@ Fluid model: each lane works on one piece at a time, at a rate that changes when
 begins or ends. While both copy directions are busy each runs at the duplex efficiency times its
 rate. Host memory is shared by all ranks of the node, which are taken to do the same at the same
 time; a memory controller serves small demands in full and divides the rest equally. No schedule
-beats the lower bound of `performance_model`.
+beats the lower bound of `bound.py`.
+
+A staged subgroup takes the slot that frees first. That is the one whose turn it is, as in the
+executor: staged subgroups pass every lane in the same order.
 """
 
 import heapq
-from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from interlace.offload.hardware import HardwareProfile, OffloadRates
 from interlace.offload.schedule import Home, Schedule, Subgroup
 from interlace.offload.timeline import Timeline, TimelineEvent
 
-
-@dataclass(eq=False)
-class Piece:
-    """One copy or update.
-
-    Attributes:
-        lane: `h2d`, `d2h`, `cpu` or `device`.
-        what: As in traces.
-        subgroup: Number of the subgroup.
-        bytes: What it moves or touches.
-        seconds: How long it takes alone.
-        dram: Bytes of host memory it reads and writes.
-        urgent: Whether it goes before all pieces of its lane that are not.
-        waits: Pieces that must end before.
-        followers: Pieces that wait for this one.
-        left: Share of it that is still to do.
-        start: When it began.
-        number: Its place in the order of submission.
-    """
-
-    lane: str
-    what: str
-    subgroup: int
-    bytes: int
-    seconds: float
-    dram: float
-    urgent: bool = False
-    waits: int = 0
-    followers: list["Piece"] = field(default_factory=list)
-    left: float = 1.0
-    start: float = 0.0
-    number: int = 0
-
-    def after(self, *earlier: "Piece") -> "Piece":
-        """Wait for other pieces; return this one."""
-        for piece in earlier:
-            piece.followers.append(self)
-            self.waits += 1
-        return self
-
-
-Queues = dict[str, list[tuple[bool, int, Piece]]]
-"""Pieces that are ready, by lane: a heap each, in the order of `lanes.Lane`."""
+H2D, D2H, CPU, DEVICE = range(4)
+LANES = ("h2d", "d2h", "cpu", "device")
+LANE_NUMBERS = (H2D, D2H, CPU, DEVICE)
+IDLE = -1
+INFINITE = float("inf")
 
 
 def simulate(schedule: Schedule, profile: HardwareProfile) -> Timeline:
@@ -73,132 +38,204 @@ def simulate(schedule: Schedule, profile: HardwareProfile) -> Timeline:
 
 def play(schedule: Schedule, rates: OffloadRates) -> Timeline:
     """Play one update on a machine with these rates."""
-    pieces = with_overhead(pieces_of(schedule, rates), rates)
-    queues: Queues = {lane: [] for lane in ("h2d", "d2h", "cpu", "device")}
-    for number, piece in enumerate(pieces):
-        piece.number = number
-        if not piece.waits:
-            enqueue(piece, queues)
-    active: dict[str, Piece] = {}
-    events: list[TimelineEvent] = []
-    now = 0.0
-    while True:
-        for lane, queue in queues.items():
-            if lane not in active and queue:
-                active[lane] = heapq.heappop(queue)[-1]
-                active[lane].start = now
-        if not active:
-            break
-        speeds = speeds_of(active, rates)
-        step = min(piece.left / speeds[lane] for lane, piece in active.items())
-        now += step
-        for lane, piece in list(active.items()):
-            piece.left -= step * speeds[lane]
-            if piece.left <= 1e-12:
-                del active[lane]
-                finish(piece, now, events, queues)
-    assert len(events) == len(pieces), "some piece waits for ever"
-    return Timeline(tuple(events))
+    player = Player(schedule.subgroups, rates)
+    return player.timeline(schedule.homes, schedule.staging_slots)
 
 
-def finish(piece: Piece, now: float, events: list[TimelineEvent], queues: Queues) -> None:
-    """Record a finished piece and release what waited for it."""
-    events.append(
-        TimelineEvent(piece.lane, piece.what, piece.subgroup, piece.start, now, piece.bytes)
-    )
-    for follower in piece.followers:
-        follower.waits -= 1
-        if not follower.waits:
-            enqueue(follower, queues)
+def slowed(
+    rate: Sequence[float], demand: Sequence[float], duplex: float, memory_rate: float
+) -> Sequence[float]:
+    """Return the rates of the lanes, in the order of `LANES`, while they slow each other down.
 
-
-def enqueue(piece: Piece, queues: Queues) -> None:
-    """Queue a piece that is ready; what holds a staging slot goes before what can wait."""
-    heapq.heappush(queues[piece.lane], (not piece.urgent, piece.number, piece))
-
-
-def speeds_of(active: dict[str, Piece], rates: OffloadRates) -> dict[str, float]:
-    """Return the share of each active piece that is done per second now."""
-    both = "h2d" in active and "d2h" in active
-    speeds = {
-        lane: (rates.duplex_efficiency if both and lane in ("h2d", "d2h") else 1.0)
-        / max(piece.seconds, 1e-15)
-        for lane, piece in active.items()
-    }
-    wanted = {lane: piece.dram * speeds[lane] for lane, piece in active.items() if piece.dram > 0}
-    granted = fair_shares(wanted, rates.host_dram_bytes_per_second / rates.ranks_per_node)
-    for lane, share in granted.items():
-        speeds[lane] *= share / wanted[lane]
-    return speeds
-
-
-def fair_shares(wanted: dict[str, float], available: float) -> dict[str, float]:
-    """Divide a rate so that small wishes are met in full and large ones get equal parts of the
-    rest.
+    Args:
+        rate: Of each alone.
+        demand: Host memory per second that each alone would use; 0 where it is idle.
+        duplex: Rate of each copy direction while both are busy, as a share.
+        memory_rate: Host memory per second that there is.
     """
-    granted: dict[str, float] = {}
-    waiting = sorted(wanted, key=lambda lane: wanted[lane])
-    for done, lane in enumerate(waiting):
-        granted[lane] = min(wanted[lane], available / (len(waiting) - done))
-        available -= granted[lane]
-    return granted
+    up, down, cpu, _ = demand
+    slow = duplex if up and down else 1.0
+    up, down = up * slow, down * slow
+    if up + down + cpu <= memory_rate:
+        return rate if slow == 1.0 else (rate[0] * slow, rate[1] * slow, rate[2], rate[3])
+    level = water_level((up, down, cpu), memory_rate)
+    return (
+        rate[0] * (slow * level / up if up > level else slow),
+        rate[1] * (slow * level / down if down > level else slow),
+        rate[2] * (level / cpu if cpu > level else 1.0),
+        rate[3],
+    )
 
 
-def pieces_of(schedule: Schedule, rates: OffloadRates) -> list[Piece]:
-    """Return all pieces of an update in the order in which the executor submits them."""
-    pieces: list[Piece] = []
-    slots: deque[Piece | None] = deque([None] * schedule.staging_slots)
-    for number, (subgroup, home) in enumerate(zip(schedule.subgroups, schedule.homes, strict=True)):
-        match home:
-            case Home.RESIDENT:
-                pieces.append(device_update(number, subgroup, rates))
-            case Home.HOST:
-                pieces += host_pieces(number, subgroup, rates)
-            case Home.STAGED:
-                freed = slots.popleft()
-                staged = staged_pieces(number, subgroup, rates, freed)
-                slots.append(staged[-1])
-                pieces += staged
-    return pieces
+def water_level(wanted: Sequence[float], available: float) -> float:
+    """Return the most that a wish is granted: small ones are met in full, large ones get equal parts
+    of the rest.
+    """
+    waiting = len(wanted)
+    level = INFINITE
+    for wish in sorted(wanted):
+        level = available / waiting
+        if wish >= level:
+            break
+        available -= wish
+        waiting -= 1
+    return level
 
 
-def host_pieces(number: int, subgroup: Subgroup, rates: OffloadRates) -> list[Piece]:
-    """Update on the CPU, weights up."""
+Piece = tuple[float, float, int]
+"""One copy or update: seconds and bytes of host memory per second that it takes alone, and bytes as
+in traces."""
+
+Done = tuple[int, int, float, float]
+"""A piece that has ended: lane, number of the subgroup, start, stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """What the order of events comes to.
+
+    Attributes:
+        makespan: Seconds from the first to the last event.
+        ready: When each subgroup's weights are new.
+    """
+
+    makespan: float
+    ready: list[float]
+
+
+def pieces_of(subgroup: Subgroup, rates: OffloadRates) -> dict[Home, tuple[Piece, ...]]:
+    """Return what one subgroup asks of each lane, in the order of `LANES`, by home."""
     footprint, elements = subgroup.footprint, subgroup.elements
-    size, weights = elements * footprint.host_update, elements * footprint.weight
-    updated = Piece(
-        "cpu", "update", number, size, size / rates.cpu_update_bytes_per_second, float(size)
+
+    def piece(size: int, rate: float, memory: int = 0) -> Piece:
+        seconds = max(elements * size / rate + rates.piece_overhead_seconds, 1e-15)
+        return seconds, elements * memory / seconds, elements * size
+
+    state, weight = footprint.staged_copy, footprint.weight
+    copy_in = piece(state, rates.h2d_bytes_per_second, state)
+    copy_out = piece(state, rates.d2h_bytes_per_second, state)
+    weights = piece(weight, rates.h2d_bytes_per_second, weight)
+    on_device = piece(footprint.device_update, rates.device_update_bytes_per_second)
+    on_cpu = piece(
+        footprint.host_update, rates.cpu_update_bytes_per_second, footprint.host_update_dram
     )
-    sent = Piece(
-        "h2d", "weights", number, weights, weights / rates.h2d_bytes_per_second, float(weights)
-    )
-    return [updated, sent.after(updated)]
+    nothing = (0.0, 0.0, 0)
+    return {
+        Home.RESIDENT: (nothing, nothing, nothing, on_device),
+        Home.STAGED: (copy_in, copy_out, nothing, on_device),
+        Home.HOST: (weights, nothing, on_cpu, nothing),
+    }
 
 
-def staged_pieces(
-    number: int, subgroup: Subgroup, rates: OffloadRates, freed: Piece | None
-) -> list[Piece]:
-    """State in, update on the device, state out."""
-    size = subgroup.elements * subgroup.footprint.staged_copy
-    sent = Piece("h2d", "copy in", number, size, size / rates.h2d_bytes_per_second, float(size))
-    if freed is not None:
-        sent.after(freed)
-    updated = device_update(number, subgroup, rates, urgent=True).after(sent)
-    back = Piece("d2h", "copy out", number, size, size / rates.d2h_bytes_per_second, float(size))
-    return [sent, updated, back.after(updated)]
+class Player:
+    """Plays updates of the same subgroups with any homes.
+
+    Args:
+        subgroups: In the order of the update.
+        rates: Of the machine.
+    """
+
+    def __init__(self, subgroups: Sequence[Subgroup], rates: OffloadRates) -> None:
+        kinds = {subgroup: pieces_of(subgroup, rates) for subgroup in set(subgroups)}
+        self.pieces = [kinds[subgroup] for subgroup in subgroups]
+        self.blocking = [subgroup.footprint.upload_blocks for subgroup in subgroups]
+        self.memory_rate = rates.host_dram_bytes_per_second / rates.ranks_per_node
+        self.duplex = rates.duplex_efficiency
+
+    def timeline(self, homes: Sequence[Home], slots: int) -> Timeline:
+        """Return every event of an update."""
+        events: list[TimelineEvent] = []
+        for lane, number, start, stop in self.run(homes, slots):
+            home = homes[number]
+            what = {H2D: "copy in" if home is Home.STAGED else "weights", D2H: "copy out"}
+            size = self.pieces[number][home][lane][-1]
+            events.append(
+                TimelineEvent(LANES[lane], what.get(lane, "update"), number, start, stop, size)
+            )
+        return Timeline(tuple(events))
+
+    def times(self, homes: Sequence[Home], slots: int) -> Times:
+        """Return when weights are new, and when all is done."""
+        ready = [0.0] * len(homes)
+        makespan = 0.0
+        for lane, number, _, stop in self.run(homes, slots):
+            makespan = stop
+            if lane == DEVICE or (lane == H2D and homes[number] is Home.HOST):
+                ready[number] = stop
+        return Times(makespan, ready)
+
+    def run(self, homes: Sequence[Home], slots: int) -> list[Done]:
+        """Do all pieces; return them in the order in which they end."""
+        queues = Queues(homes, slots, self.blocking)
+        ready, pieces = queues.ready, self.pieces
+        at, start = [IDLE] * 4, [0.0] * 4
+        left, rate, demand = [0.0] * 4, [0.0] * 4, [0.0] * 4
+        done: list[Done] = []
+        now = 0.0
+        while True:
+            busy: list[int] = []
+            for lane in LANE_NUMBERS:
+                if at[lane] == IDLE:
+                    if not ready[lane]:
+                        demand[lane] = 0.0
+                        continue
+                    number = at[lane] = queues.take(lane)
+                    seconds, demand[lane], _ = pieces[number][homes[number]][lane]
+                    start[lane], left[lane], rate[lane] = now, 1.0, 1.0 / seconds
+                busy.append(lane)
+            if not busy:
+                return done
+            speeds = slowed(rate, demand, self.duplex, self.memory_rate)
+            step = min([left[lane] / speeds[lane] for lane in busy])
+            now += step
+            for lane in busy:
+                left[lane] -= step * speeds[lane]
+                if left[lane] <= 1e-12:
+                    done.append((lane, at[lane], start[lane], now))
+                    queues.release(lane, at[lane])
+                    at[lane] = IDLE
 
 
-def with_overhead(pieces: list[Piece], rates: OffloadRates) -> list[Piece]:
-    """Add to every piece what it takes beside its bytes."""
-    for piece in pieces:
-        piece.seconds += rates.piece_overhead_seconds
-    return pieces
+class Queues:
+    """Subgroups whose next piece is ready, by lane, in the order of `lanes.Lane`: what holds a
+    staging slot goes before what can wait, then what was submitted first.
+    """
 
+    def __init__(self, homes: Sequence[Home], slots: int, blocking: Sequence[bool]) -> None:
+        self.homes, self.blocking, self.count = homes, blocking, len(homes)
+        numbers = range(self.count)
+        staged = [n for n in numbers if homes[n] is Home.STAGED]
+        self.without_slot = staged[slots:][::-1]
+        self.hosts = [n for n in reversed(numbers) if homes[n] is Home.HOST]
+        # Urgent ones are numbered below zero.
+        residents = [n for n in numbers if homes[n] is Home.RESIDENT]
+        self.ready: list[list[int]] = [staged[:slots], [], [], residents]
+        self.next_host()
 
-def device_update(
-    number: int, subgroup: Subgroup, rates: OffloadRates, urgent: bool = False
-) -> Piece:
-    """Update on the device."""
-    size = subgroup.elements * subgroup.footprint.device_update
-    seconds = size / rates.device_update_bytes_per_second
-    return Piece("device", "update", number, size, seconds, 0.0, urgent)
+    def next_host(self) -> None:
+        """Let the CPU go on."""
+        if self.hosts:
+            self.ready[CPU].append(self.hosts.pop())
+
+    def take(self, lane: int) -> int:
+        """Return the subgroup that a lane works on next."""
+        number = heapq.heappop(self.ready[lane])
+        return number if number >= 0 else number + self.count
+
+    def release(self, lane: int, number: int) -> None:
+        """Let go what waited for a piece."""
+        ready = self.ready
+        if lane == CPU:
+            heapq.heappush(ready[H2D], number)
+            if not self.blocking[number]:
+                self.next_host()
+        elif lane == D2H:
+            if self.without_slot:
+                heapq.heappush(ready[H2D], self.without_slot.pop())
+        elif lane == DEVICE:
+            if self.homes[number] is Home.STAGED:
+                heapq.heappush(ready[D2H], number)
+        elif self.homes[number] is Home.STAGED:
+            heapq.heappush(ready[DEVICE], number - self.count)
+        elif self.blocking[number]:
+            self.next_host()

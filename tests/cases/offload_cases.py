@@ -9,6 +9,7 @@ from torch import nn
 
 from interlace.kernels.update import AdamW, Slab, Step, UpdateRule, sum_of_squares, update
 from interlace.offload.hardware import HardwareProfile
+from interlace.offload.lanes import Throttle
 from interlace.offload.optimizer import OffloadedOptimizer
 from interlace.offload.options import OffloadOptions
 from interlace.offload.schedule import Home, MemoryBudget
@@ -179,3 +180,42 @@ def assert_same_bits(
     assert one.keys() == other.keys()
     different = [name for name in one if not torch.equal(one[name], other[name])]
     assert different == [], case
+
+
+RULE = AdamW(lr=0.01, weight_decay=0.1)
+SLOW = Throttle(cpu_bytes_per_second=3e5)
+"""An update that lasts for a while, so that who does not wait sees old weights."""
+
+
+def host(
+    model: nn.Module,
+    *,
+    overlap: str = "none",
+    waits: bool = True,
+    options: OffloadOptions | None = None,
+    clip_norm: float | None = None,
+) -> OffloadedOptimizer:
+    """Return an AdamW that keeps all state on the host, in a subgroup per parameter."""
+    return OffloadedOptimizer(
+        model.parameters(),
+        RULE,
+        strategy="host",
+        budget=MemoryBudget(10**9, 10**9),
+        overlap=overlap,
+        clip_norm=clip_norm,
+        model=model if waits and overlap != "none" else None,
+        options=options or OffloadOptions(subgroup_elements=1),
+    )
+
+
+def torchs(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+
+
+def pair() -> tuple[Toy, Toy]:
+    return Toy(torch.float32), Toy(torch.float32)
+
+
+def assert_close(one: nn.Module, other: nn.Module) -> None:
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
