@@ -210,7 +210,14 @@ def shortage_of(demand: Demand, room: Room) -> Shortage | None:
     if not found:
         return None
     long = "\n".join(each.long for each in found)
-    return Shortage("; ".join(each.short for each in found), long)
+    return Shortage("needs " + "; ".join(each.short for each in found), long)
+
+
+def few_words(needs: int, where: str, verb: str, there: int) -> str:
+    """Return `61.2 GiB device, has 30.1`: the unit stands once where it is the same."""
+    number, unit = human_bytes(needs).split()
+    has, its_unit = human_bytes(there).split()
+    return f"{number} {unit} {where}, {verb} {has}{'' if its_unit == unit else f' {its_unit}'}"
 
 
 def device_shortage(demand: Demand, room: Room, needs: int) -> Shortage:
@@ -236,7 +243,7 @@ def device_shortage(demand: Demand, room: Room, needs: int) -> Shortage:
             remedies.append(f"train.microbatch_rows={demand.microbatch_rows // 2}")
     remedies.append("more ranks that share the weights (plan --ranks N)")
     return Shortage(
-        f"needs {human_bytes(needs)} {where}, has {human_bytes(room.device_bytes)}",
+        few_words(needs, where, "has", room.device_bytes),
         f"offload.strategy={demand.strategy}: needs {human_bytes(needs)} of {where} memory "
         f"({', '.join(kinds)}), and there are {human_bytes(room.device_bytes)} per rank, reserves "
         f"left out; type {', or '.join(remedies)}",
@@ -263,7 +270,7 @@ def host_shortage(demand: Demand, room: Room) -> Shortage:
         remedies.append("offload.moments=bfloat16")
     remedies.append("ranks on more hosts")
     return Shortage(
-        f"needs {human_bytes(needs)} host, has {human_bytes(room.host_bytes)}",
+        few_words(needs, "host", "has", room.host_bytes),
         f"offload.strategy={demand.strategy}: needs {human_bytes(needs)} of host memory for "
         f"optimizer state, and there are {human_bytes(room.host_bytes)} per rank, reserves left "
         f"out; type {', or '.join(remedies)}",
@@ -276,7 +283,7 @@ def budget_shortage(demand: Demand, key: str, needs: int, budget: int) -> Shorta
     other = {"device": "host", "host": "optimal"}[key]
     also = f", or offload.strategy={other}" if demand.strategy != other else ""
     return Shortage(
-        f"state needs {human_bytes(needs)} {key}, may have {human_bytes(budget)}",
+        few_words(needs, f"{key} for state", "may have", budget),
         f"offload.strategy={demand.strategy}: optimizer state needs {human_bytes(needs)} of {key} "
         f"memory, and offload.{key}_budget_gib allows {human_bytes(budget)}; type {higher}{also}",
     )

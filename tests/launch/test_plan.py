@@ -77,7 +77,7 @@ def test_what_cannot_run_is_said_first_and_the_page_stays_readable(
         "weights, 29.1 GiB activations), and there are 37.6 GiB per rank, reserves left out; type "
         "more ranks that share the weights (plan --ranks N)"
     )
-    assert "> optimal   forward  needs 67.2 GiB device, has 37.6 GiB" in page
+    assert "> optimal   forward  needs 67.2 GiB device, has 37.6" in page
     assert "Memory of one rank" in page
 
 
@@ -117,6 +117,16 @@ def test_a_budget_beyond_the_machine_is_refused_in_words(
     assert plan["offload"]["device_budget_bytes"] <= plan["device_memory_bytes"]
     assert plan["offload"]["host_budget_bytes"] <= plan["host_memory_bytes"]
     assert {len(row["problem"]) < 70 for row in plan["scaling"]} == {True}
+
+
+def test_reasons_in_a_table_are_short(plan_of: PlanOf, tmp_path: Path) -> None:
+    card = card_of_24_gb(tmp_path)
+    plan = plan_of("gpt_20b_offload", "--hardware", card, "--sweep", "gpus=1..4")
+    reason = "needs 41.8 GiB device, has 22.6; 305.3 GiB host, has 57.6"
+    assert chosen(plan)["shortage"] == plan["scaling"][0]["problem"] == reason
+    shortages = [forecast["shortage"] for forecast in plan["offload"]["forecasts"]]
+    assert shortages[0] == "needs 308.9 GiB device, has 22.6"
+    assert max(map(len, shortages)) <= 70
 
 
 def test_a_budget_on_a_cpu_is_held_against_the_memory_of_the_host(plan_of: PlanOf) -> None:

@@ -183,8 +183,24 @@ def listing(title: str, values: Mapping[str, object]) -> str:
     """A table of names and values."""
     if not values:
         return ""
-    rows = "".join(row(key, value, changed=False) for key, value in values.items())
+    rows = "".join(row(key, value, changed=False) for key, value in flat(values).items())
     return f"<h2>{escape(title)}</h2><table>{rows}</table>"
+
+
+def flat(values: Mapping[str, object]) -> dict[str, object]:
+    """Return nested values by dotted names; of strategies side by side, each by its own."""
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            nested = cast(dict[str, object], value)
+        elif isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            parts = cast(list[dict[str, object]], value)
+            nested = {str(part.get("strategy", n)): part for n, part in enumerate(parts)}
+        else:
+            found[key] = value
+            continue
+        found |= {f"{key}.{name}": inner for name, inner in flat(nested).items()}
+    return found
 
 
 def row(key: str, value: object, changed: bool) -> str:
