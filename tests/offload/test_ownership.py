@@ -20,6 +20,7 @@ from interlace.offload import MemoryBudget, MemoryShortage, OffloadedOptimizer, 
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.lanes import LaneError
 from interlace.offload.schedule import Home
+from interlace.offload.subgroup import SubgroupState
 
 
 def lane_threads() -> int:
@@ -248,4 +249,44 @@ def test_a_shortage_that_nothing_can_mend_does_not_stop_the_run(
         model(0.1 * step).backward()
         optimizer.step()
     assert int(optimizer.state[model.parts[0].weight]["step"]) == 3
+    optimizer.close()
+
+
+def test_homes_that_are_left_are_given_up_one_by_one(
+    profile: HardwareProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import interlace.offload.memory as memory
+
+    live = [0]
+
+    class Counted(memory.Pages):
+        def __del__(self) -> None:
+            live[0] -= len(self)
+
+    def pages_for(size: int) -> memory.Pages:
+        live[0] += size
+        return Counted(-1, size)
+
+    monkeypatch.setattr(memory, "pages_for", pages_for)
+    count, elements = 8, 50_000
+    model = nn.ParameterList(nn.Parameter(torch.zeros(elements)) for _ in range(count))
+    optimizer = OffloadedOptimizer(
+        model.parameters(),
+        strategy="none",
+        budget=MemoryBudget(10**9, 10**9),
+        profile=profile,
+        options=OffloadOptions(subgroup_elements=1),
+    )
+    # fp32: 16 bytes a parameter on the host.
+    optimizer.rehome([Home.HOST] * count)
+    original, seen = SubgroupState.move, []
+
+    def move(self: SubgroupState, home: Home) -> None:
+        seen.append(live[0])
+        original(self, home)
+
+    monkeypatch.setattr(SubgroupState, "move", move)
+    optimizer.rehome([Home.RESIDENT] * count)
+    assert seen == [16 * elements * left for left in range(count, 0, -1)]
+    assert live[0] == 0
     optimizer.close()
