@@ -6,12 +6,14 @@ copy, alone and beside copies to the device. Without a GPU the "device" is host 
 are plain ones, and the profile says so.
 """
 
+import fcntl
 import os
 import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -312,19 +314,32 @@ def known_profile(device: torch.device, announce: Announce) -> HardwareProfile:
     """Return this machine's profile from disk, or measure and keep it.
 
     A profile on disk that cannot be read, or that another version wrote, is measured again; one
-    that cannot be kept is measured again the next time.
+    that cannot be kept is measured again the next time. Ranks that start together do not measure
+    each other: the first measures, the others wait and read.
     """
     path = cache_path(device)
-    known = profile_on_disk(path, announce)
-    if known is not None:
-        return known
-    announce(f"measuring this machine once, for {path}")
-    profile = measure(device, announce, trials=3)
-    try:
-        keep(profile, path)
-    except OSError as error:
-        announce(f"{path} cannot be written ({error.strerror}); the next start measures again")
-    return profile
+    with one_at_a_time(path):
+        known = profile_on_disk(path, announce)
+        if known is not None:
+            return known
+        announce(f"measuring this machine once, for {path}")
+        profile = measure(device, announce, trials=3)
+        try:
+            keep(profile, path)
+        except OSError as error:
+            announce(f"{path} cannot be written ({error.strerror}); the next start measures again")
+        return profile
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Generator[None]:
+    """Let one process of this host in at a time; where the lock cannot be written, all."""
+    with ExitStack() as held:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(path.with_suffix(".lock").open("w", encoding="ascii"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def profile_on_disk(path: Path, announce: Announce) -> HardwareProfile | None:

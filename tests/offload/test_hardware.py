@@ -1,5 +1,8 @@
 """What a machine can do: published rates by name, measured ones elsewhere, and its memory."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,3 +98,30 @@ def test_resident_memory_grows_with_what_is_touched_not_with_what_is_reserved() 
     assert resident_bytes() - before < 0.1 * size
     block.fill_(1)
     assert 0.9 * size < resident_bytes() - before < 1.1 * size
+
+
+RACE = """
+import sys, torch
+from interlace.offload import measure
+made = []
+original = measure.measure
+def counted(*given, **named):
+    made.append(1)
+    return original(*given, **named)
+measure.measure = counted
+profile = measure.known_profile(torch.device("cpu"), lambda _: None)
+print(len(made), profile.rates.h2d_bytes_per_second)
+"""
+
+
+def test_ranks_that_start_together_measure_once(tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACE], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0].split() for process in running]
+    assert sorted(words[0] for words in said) == ["0", "1"]
+    assert said[0][1] == said[1][1]
