@@ -14,8 +14,8 @@ from interlace.trainer.checkpoint.state import TrainingState
 from interlace.trainer.checkpoint.tensors import TensorReader, write_tensors
 from interlace.trainer.world import World
 
-PARTS, ELEMENTS = 16, 6_000_000
-"""96M bfloat16 weights: masters and momentum are 768 MB, the stored checkpoint likewise."""
+PARTS, ELEMENTS = 16, 8_000_000
+"""128M bfloat16 weights: masters and momentum are 1.02 GB, the stored checkpoint likewise."""
 
 
 @pytest.fixture
