@@ -1,31 +1,36 @@
 """Profile, subgroups and memory in; the split that takes least time out.
 
-`solve` minimises the time of the slowest lane by a linear program over the shares of parameters
-that are resident, staged and updated on the host, subject to device and host memory; the shares
-then become whole subgroups by error diffusion, evenly spread over the update. The lanes are those
-of a machine, not of a schedule: copies in each direction (slower while both run), the CPU, the
-device, and host memory, which all ranks of a node share. `published_stride` is the rule of Deep
-Optimizer States (arXiv 2410.21316), which knows neither host memory nor shares above one half.
+`solve` asks a linear program (`bound.py`) for the shares of parameters that are resident, staged
+and updated on the host, makes whole subgroups of them (`whole_subgroups.py`), lets the simple
+strategies compete, and plays the best event by event (`simulator.py`); what is played shortest
+wins. The lanes are those of a machine, not of a schedule: copies in each direction (slower while
+both run), the CPU, the device, and host memory, which all ranks of a node share.
+`published_stride` is the rule of Deep Optimizer States (arXiv 2410.21316), which knows neither host
+memory nor shares above one half.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import linprog
 
-from interlace.offload.fit import (
-    check_memory,
-    device_bytes,
-    fits,
-    host_bytes,
-    memory_needs,
-    shortage,
+from interlace.offload.bound import (
+    Members,
+    Shares,
+    SlotSize,
+    lower_bound,
+    members_of,
+    relaxed,
+    slot_sizes,
 )
+from interlace.offload.fit import check_memory, shortage
 from interlace.offload.hardware import HardwareProfile, OffloadRates
+from interlace.offload.loads import HOMES, HOST, LOADED, Codes, Loads, rates_of
 from interlace.offload.schedule import (
     NOTHING_HIDDEN,
+    STRATEGIES,
     Footprint,
     HiddenWindow,
     Home,
@@ -35,27 +40,46 @@ from interlace.offload.schedule import (
     Schedule,
     Subgroup,
 )
-from interlace.offload.simulator import play
+from interlace.offload.simulator import Player, Times
+from interlace.offload.whole_subgroups import (
+    ENUMERATED,
+    Rounding,
+    every_assignment,
+    fill_device,
+    named,
+)
 
-HOMES = (Home.RESIDENT, Home.STAGED, Home.HOST)
-STRATEGIES = ("none", "host", "stride", "optimal")
+__all__ = [
+    "STRATEGIES",
+    "compare",
+    "fill_device",
+    "fixed_homes",
+    "lower_bound",
+    "predict_homes",
+    "published_stride",
+    "rates_of",
+    "solve",
+    "with_simulated_time",
+]
 
-MOST_MOVES = 8
-"""Single subgroups that are moved after rounding; error diffusion is at most a few off."""
+PLAYED_SUBGROUPS = 20_000
+"""Subgroups that are played, in all candidates together, before the best so far is taken; one
+candidate always is. Bounds the time of `solve`."""
 
-SIMULATED_UP_TO = 512
-"""Schedules of so many subgroups are predicted event by event; longer ones by their lanes, which
-differ from it by less than one subgroup in so many."""
+MOST_ROUNDED = 8
+"""Solutions of the linear program that become whole subgroups."""
 
+MOST_TRIED = 1000
+"""Moves that are looked at, played or not, to polish the best homes."""
 
-@dataclass(frozen=True)
-class Shares:
-    """Parameters by home, of all subgroups with one footprint."""
+MOST_SIZES = 3
+"""Sizes of slots that are tried with slots that are not always filled."""
 
-    footprint: Footprint
-    resident: float = 0.0
-    staged: float = 0.0
-    host: float = 0.0
+FILLED_SLOTS = (0.8, 0.6)
+"""Parts of the time for which slots may be taken to be filled."""
+
+WORTH_OF_HIDDEN = 1e-3
+"""What a second of update that compute hides counts beside one that it does not."""
 
 
 def solve(
@@ -66,7 +90,7 @@ def solve(
     *,
     strategy: str = "optimal",
     stride: int | None = None,
-    staging_slots: int = 2,
+    staging_slots: int | None = 2,
 ) -> Schedule:
     """Give every subgroup a home.
 
@@ -77,36 +101,64 @@ def solve(
         hidden_window: Compute beside which the update may run.
         strategy: `none`, `host`, `stride` or `optimal`.
         stride: With `stride`: every so many subgroups one is staged; None takes the published rule.
-        staging_slots: Sets of device buffers for staged subgroups.
+        staging_slots: Sets of device buffers for staged subgroups; None takes the best of 2 to 4.
 
     Raises:
-        ValueError: An unknown strategy, a stride below 1, or a profile without rates.
+        ValueError: No subgroups, an unknown strategy, a stride below 1, or a profile without rates.
         MemoryShortage: No assignment fits the memory.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r}: must be one of {', '.join(STRATEGIES)}")
     if stride is not None and stride < 1:
         raise ValueError(f"stride={stride}: must be 1 or more")
+    if not subgroups:
+        raise ValueError("subgroups=[]: there is nothing to give a home; pass at least one")
+    if staging_slots is None:
+        return best_slots(profile, subgroups, memory, hidden_window, strategy, stride)
     rates = rates_of(profile)
-    count = len(subgroups)
     if strategy == "optimal":
-        homes = optimal_homes(rates, subgroups, memory, hidden_window, staging_slots)
-    else:
-        if strategy == "stride" and stride is None:
-            stride = published_stride(profile, subgroups[0].footprint)
-        homes = fixed_homes(strategy, count, stride)
-        assert homes is not None, "with a stride every other strategy is fixed"
+        search = Search(rates, subgroups, memory, hidden_window, staging_slots)
+        homes = search.best(stride)
+        return described(search.loads, search.times, strategy, homes, hidden_window)
+    if strategy == "stride" and stride is None:
+        stride = published_stride(profile, subgroups[0].footprint)
+    homes = fixed_homes(strategy, len(subgroups), stride)
+    assert homes is not None, "with a stride every other strategy is fixed"
     check_memory(subgroups, homes, memory, staging_slots, strategy)
-    schedule = Schedule(
-        strategy=strategy,
-        subgroups=tuple(subgroups),
-        homes=tuple(homes),
-        staging_slots=staging_slots,
-        prediction=predict(rates, subgroups, homes, hidden_window),
-    )
-    if count > SIMULATED_UP_TO:
-        return schedule
-    return with_simulated_time(schedule, rates, hidden_window)
+    return predicted(rates, strategy, subgroups, homes, staging_slots, hidden_window)
+
+
+def best_slots(
+    profile: HardwareProfile,
+    subgroups: Sequence[Subgroup],
+    memory: MemoryBudget,
+    window: HiddenWindow,
+    strategy: str,
+    stride: int | None,
+) -> Schedule:
+    """Return the best schedule with two to four staging slots."""
+    found: list[Schedule] = []
+    problem: MemoryShortage | None = None
+    for slots in (2, 3, 4):
+        try:
+            found.append(
+                solve(
+                    profile,
+                    subgroups,
+                    memory,
+                    window,
+                    strategy=strategy,
+                    stride=stride,
+                    staging_slots=slots,
+                )
+            )
+        except MemoryShortage as error:
+            problem = problem or error
+    if not found:
+        assert problem is not None, "there is a schedule or a reason why not"
+        raise problem
+    # More slots take memory: only for a gain that a measurement would show.
+    return min(found, key=lambda s: cost_of(s.prediction) * (1 + 1e-3 * s.staging_slots))
 
 
 def fixed_homes(strategy: str, count: int, stride: int | None) -> list[Home] | None:
@@ -122,16 +174,6 @@ def fixed_homes(strategy: str, count: int, stride: int | None) -> list[Home] | N
             return None
 
 
-def rates_of(profile: HardwareProfile) -> OffloadRates:
-    """Return the rates of a profile; `ValueError` if it has none."""
-    if profile.rates is None:
-        raise ValueError(
-            f"the profile {profile.name or profile.device_name} has no copy and update rates; "
-            "measure them with `interlace profile`"
-        )
-    return profile.rates
-
-
 def published_stride(profile: HardwareProfile, footprint: Footprint) -> int:
     """Return k of Deep Optimizer States: one subgroup in k is updated on the device.
 
@@ -139,331 +181,281 @@ def published_stride(profile: HardwareProfile, footprint: Footprint) -> int:
     copy direction in float32 and U, D the update and cast rates; reconstructed from the published
     system, see arXiv 2410.21316. Our CPU update casts in the same pass, so 1/D_c is part of 1/U_c.
     """
-    rates = rates_of(profile)
+    return stride_of(rates_of(profile), footprint)
+
+
+def stride_of(rates: OffloadRates, footprint: Footprint) -> int:
+    """Return the published stride on a machine with these rates."""
     copy = footprint.staged_copy / min(rates.h2d_bytes_per_second, rates.d2h_bytes_per_second)
     device = footprint.device_update / rates.device_update_bytes_per_second
     host = footprint.host_update / rates.cpu_update_bytes_per_second
     return max(2, 1 + math.ceil((copy + device) / host))
 
 
-# ---- the linear program -----------------------------------------------------------------------
+# ---- the best homes ---------------------------------------------------------------------------
 
 
-def optimal_homes(
-    rates: OffloadRates,
-    subgroups: Sequence[Subgroup],
-    memory: MemoryBudget,
-    window: HiddenWindow,
-    slots: int,
-) -> list[Home]:
-    """Return the best homes; raise `MemoryShortage` if nothing fits."""
-    classes: dict[Footprint, int] = {}
-    for subgroup in subgroups:
-        classes[subgroup.footprint] = classes.get(subgroup.footprint, 0) + subgroup.elements
-    without = relaxed(rates, classes, memory, window, staging_bytes=None)
-    room = slots * max(s.elements * s.footprint.staged_copy for s in subgroups)
-    staging = relaxed(rates, classes, memory, window, staging_bytes=room)
-    found = [solution for solution in (without, staging) if solution is not None]
-    if not found:
-        raise shortage(subgroups, [Home.HOST] * len(subgroups), memory, slots, "optimal")
-    candidates = [
-        assign(subgroups, shares, memory, room if any(s.staged for s in shares) else 0)
-        for _, shares in found
-    ]
-    candidates = [improve(rates, subgroups, homes, memory, window, slots) for homes in candidates]
-    # Relaxed times are lower bounds; whole subgroups decide, and the simple strategies compete.
-    candidates += [[Home.HOST] * len(subgroups), [Home.RESIDENT] * len(subgroups)]
-    fitting = [homes for homes in candidates if fits(memory_needs(subgroups, homes, slots), memory)]
-    if not fitting:
-        raise shortage(subgroups, candidates[0], memory, slots, "optimal")
-    return min(fitting, key=lambda homes: expected_seconds(rates, subgroups, homes, window, slots))
+@dataclass
+class Search:
+    """Looks for the homes that are played shortest."""
 
+    rates: OffloadRates
+    subgroups: Sequence[Subgroup]
+    memory: MemoryBudget
+    window: HiddenWindow
+    slots: int
 
-def expected_seconds(
-    rates: OffloadRates,
-    subgroups: Sequence[Subgroup],
-    homes: Sequence[Home],
-    window: HiddenWindow,
-    slots: int,
-) -> float:
-    """Return the update time of homes: event by event, or by lanes where there are many."""
-    prediction = predict(rates, subgroups, homes, window)
-    if len(subgroups) > SIMULATED_UP_TO:
-        return prediction.update_seconds
-    schedule = Schedule("optimal", tuple(subgroups), tuple(homes), slots, prediction)
-    return with_simulated_time(schedule, rates, window).prediction.update_seconds
+    def __post_init__(self) -> None:
+        self.loads = Loads(self.rates, self.subgroups, self.window, self.slots)
+        self.player = Player(self.subgroups, self.rates)
+        self.few = len(self.subgroups) <= PLAYED_SUBGROUPS // 10
+        self.played = 0
+        self.times = Times(math.inf, [])
 
+    def best(self, stride: int | None) -> list[Home]:
+        """Return the best homes.
 
-def lower_bound(
-    profile: HardwareProfile,
-    subgroups: Sequence[Subgroup],
-    memory: MemoryBudget,
-    hidden_window: HiddenWindow = NOTHING_HIDDEN,
-    staging_slots: int = 2,
-) -> float:
-    """Return the seconds below which no schedule can go: the optimum over shares of parameters."""
-    classes: dict[Footprint, int] = {}
-    for subgroup in subgroups:
-        classes[subgroup.footprint] = classes.get(subgroup.footprint, 0) + subgroup.elements
-    room = staging_slots * max(s.elements * s.footprint.staged_copy for s in subgroups)
-    times = [
-        found[0]
-        for staging in (None, room)
-        if (found := relaxed(rates_of(profile), classes, memory, hidden_window, staging))
-    ]
-    if not times:
-        raise shortage(subgroups, [Home.HOST] * len(subgroups), memory, staging_slots, "optimal")
-    return min(times)
+        Raises:
+            MemoryShortage: Nothing fits.
+        """
+        if len(self.subgroups) <= ENUMERATED:
+            ranked = every_assignment(self.loads, self.memory)
+            if not ranked:
+                raise self.too_little(self.rounded())
+            return named(self.shortest(ranked, patient=True)[1])
+        candidates = [*self.rounded(), *self.simple(stride)]
+        fitting = [homes for homes in candidates if self.fits(homes)]
+        if not fitting:
+            raise self.too_little(candidates)
+        ranked = [(self.loads.least_seconds(homes), homes) for homes in unique(fitting)]
+        cost, homes = self.shortest(ranked)
+        return named(self.polished(cost, homes) if self.few else homes)
 
+    def fits(self, homes: Codes) -> bool:
+        """Whether homes stay within the budget."""
+        return self.excess(homes) == (0.0, 0.0)
 
-def relaxed(
-    rates: OffloadRates,
-    classes: dict[Footprint, int],
-    memory: MemoryBudget,
-    window: HiddenWindow,
-    staging_bytes: int | None,
-) -> tuple[float, list[Shares]] | None:
-    """Solve for shares: least time and parameters by home, or None if nothing fits.
+    def excess(self, homes: Codes) -> tuple[float, float]:
+        """Return the bytes beyond the budgets of device and host."""
+        device, host = self.loads.needs(homes)
+        budget = self.memory
+        return max(0.0, device - budget.device_bytes), max(0.0, host - budget.host_bytes)
 
-    Variables are the time T and, per footprint, the parameters with each home; `staging_bytes` is
-    the device memory of the slots, None forbids staging.
-    """
-    footprints, totals = list(classes), list(classes.values())
-    scale = float(sum(totals))
-    rows = lane_rows(rates, footprints, window)
-    bounds = [(0.0, None)] + [
-        (0.0, 0.0 if staging_bytes is None and home is Home.STAGED else total / scale)
-        for total in totals
-        for home in HOMES
-    ]
-    limits = [
-        (
-            [0.0, *(device_bytes(f, home) for f in footprints for home in HOMES)],
-            (memory.device_bytes - (staging_bytes or 0)) / scale,
-        ),
-        (
-            [0.0, *(host_bytes(f, home) for f in footprints for home in HOMES)],
-            memory.host_bytes / scale,
-        ),
-    ]
-    left = [[-1.0, *row] for row, _ in rows.values()] + [row for row, _ in limits]
-    right = [hidden / scale for _, hidden in rows.values()] + [limit for _, limit in limits]
-    each = np.zeros((len(footprints), 1 + 3 * len(footprints)))
-    for number in range(len(footprints)):
-        each[number, 1 + 3 * number : 4 + 3 * number] = 1.0
-    # Among equally fast splits the one with most on the device, then least on the host.
-    unit = 1.0 / max(max(row) for row, _ in rows.values())
-    taste = [1e-7 * {Home.RESIDENT: 0, Home.STAGED: 2, Home.HOST: 3}[home] for home in HOMES]
-    solution = linprog(
-        [unit, *(taste * len(footprints))],
-        A_ub=scaled(left),
-        b_ub=scaled_right(left, right),
-        A_eq=each,
-        b_eq=[total / scale for total in totals],
-        bounds=bounds,
-        method="highs",
-    )
-    if solution.status != 0:
-        return None
-    values = [float(value) * scale for value in solution.x]
-    shares = [
-        Shares(footprint, *values[1 + 3 * n : 4 + 3 * n]) for n, footprint in enumerate(footprints)
-    ]
-    return values[0], shares
+    def too_little(self, candidates: list[Codes]) -> MemoryShortage:
+        """Return what the homes that come nearest to fitting lack."""
+        nearest = named(min(candidates, key=self.excess))
+        return shortage(self.subgroups, nearest, self.memory, self.slots, "optimal")
 
+    def rounded(self) -> list[Codes]:
+        """Return whole homes near every solution of the linear program."""
+        found: list[Codes] = []
+        for shares in self.relaxed():
+            rounding = Rounding(self.loads, self.memory, shares.largest)
+            kinds = enumerate(dict.fromkeys(subgroup.footprint for subgroup in self.subgroups))
+            wanted = {number: shares.parameters[footprint] for number, footprint in kinds}
+            homes = rounding.descend(rounding.diffused(wanted))
+            found.append(rounding.filled(homes))
+            if self.few:
+                spread = rounding.respread(homes)
+                found += [spread, rounding.filled(spread)]
+        # Whole subgroups may fit where the program found nothing; they are moved until they do.
+        on_host = np.full(len(self.subgroups), HOST, dtype=np.int64)
+        return [*found, Rounding(self.loads, self.memory, 0.0).descend(on_host), on_host]
 
-def scaled(rows: list[list[float]]) -> list[list[float]]:
-    """Return rows divided by their largest coefficient: the solver's tolerances are absolute."""
-    return [[value / largest(row) for value in row] for row in rows]
+    def relaxed(self) -> list[Shares]:
+        """Return the solutions worth rounding, most promising first.
 
+        The program fills the slots without a pause. Subgroups of different sizes cannot: a large
+        one is copied in while a small one has long been copied out. So the best sizes of slots are
+        tried again as if there were fewer slots, and playing decides.
+        """
+        members = members_of(self.subgroups)
+        sizes = slot_sizes(members)
+        full = [(shares, size) for size in sizes if (shares := self.shares(members, size, 1.0))]
+        full.sort(key=lambda pair: pair[0].seconds)
+        tried = [[shares for shares, _ in full]]
+        for filled in FILLED_SLOTS:
+            best = [size for shares, size in full if shares.largest][:MOST_SIZES]
+            again = [shares for size in best if (shares := self.shares(members, size, filled))]
+            tried.append(sorted(again, key=lambda shares: shares.seconds))
+        if len(sizes) > 2:
+            tried.reverse()
+        in_turn = itertools.chain.from_iterable(itertools.zip_longest(*tried))
+        return [shares for shares in in_turn if shares][: MOST_ROUNDED if self.few else 2]
 
-def scaled_right(rows: list[list[float]], right: list[float]) -> list[float]:
-    """Return right-hand sides scaled like their rows."""
-    return [limit / largest(row) for row, limit in zip(rows, right, strict=True)]
+    def shares(self, members: Members, size: SlotSize, filled: float) -> Shares | None:
+        """Solve the linear program for slots that are filled for a part of the time."""
+        slots = filled * self.slots
+        charged = size.largest / filled
+        return relaxed(self.rates, members, self.memory, self.window, slots, size, charged)
 
+    def simple(self, stride: int | None) -> Iterator[Codes]:
+        """Yield what needs no thought."""
+        count = len(self.subgroups)
+        for code in range(3):
+            yield np.full(count, code, dtype=np.int64)
+        stride = stride or stride_of(self.rates, self.subgroups[0].footprint)
+        strided = fixed_homes("stride", count, stride)
+        assert strided is not None
+        yield np.array([HOMES.index(home) for home in strided], dtype=np.int64)
 
-def largest(row: list[float]) -> float:
-    """Return the largest coefficient of a row beside the time's, or 1."""
-    return max(abs(value) for value in row[1:]) or 1.0
+    def play(self, homes: Codes) -> tuple[float, Times]:
+        """Play homes; return what the update costs, and its times."""
+        self.played += len(homes)
+        late = float(self.loads.late(np.array(self.loads.totals(homes)[1])))
+        times = self.player.times(named(homes), self.slots)
+        return cost_of_times(times, late, self.subgroups, self.window), times
 
-
-def lane_rows(
-    rates: OffloadRates, footprints: Sequence[Footprint], window: HiddenWindow
-) -> dict[str, tuple[list[float], float]]:
-    """Return for each lane the seconds per parameter by footprint and home, and the seconds it may
-    work before the update begins.
-
-    With duplex efficiency e both directions run at e times their rate while both are busy; then any
-    schedule takes at least up + (1/e - 1) down, and the same with both exchanged.
-    """
-    loads = [(f, home) for f in footprints for home in HOMES]
-    up = [h2d_bytes(f, home) / rates.h2d_bytes_per_second for f, home in loads]
-    down = [d2h_bytes(f, home) / rates.d2h_bytes_per_second for f, home in loads]
-    drag = 1.0 / rates.duplex_efficiency - 1.0
-    per_node = rates.ranks_per_node / rates.host_dram_bytes_per_second
-    rows = {
-        "h2d": ([a + drag * b for a, b in zip(up, down, strict=True)], 0.0),
-        "d2h": ([b + drag * a for a, b in zip(up, down, strict=True)], 0.0),
-        "cpu": (
-            [
-                f.host_update / rates.cpu_update_bytes_per_second if home is Home.HOST else 0.0
-                for f, home in loads
-            ],
-            0.0,
-        ),
-        "device": (
-            [
-                0.0 if home is Home.HOST else f.device_update / rates.device_update_bytes_per_second
-                for f, home in loads
-            ],
-            0.0,
-        ),
-        "dram": ([dram_bytes(f, home) * per_node for f, home in loads], 0.0),
-    }
-    if math.isfinite(window.flush):
-        flush = [
-            f.gradient / rates.d2h_bytes_per_second if home is Home.HOST else 0.0
-            for f, home in loads
-        ]
-        rows["flush"] = (flush, window.flush)
-    return rows
-
-
-def h2d_bytes(footprint: Footprint, home: Home) -> int:
-    """Return what one parameter sends to the device in an update."""
-    sent = {Home.STAGED: footprint.staged_copy, Home.HOST: footprint.weight}
-    return sent.get(home, 0)
-
-
-def d2h_bytes(footprint: Footprint, home: Home) -> int:
-    """Return what one parameter sends to the host in an update; gradients went before."""
-    return footprint.staged_copy if home is Home.STAGED else 0
-
-
-def dram_bytes(footprint: Footprint, home: Home) -> int:
-    """Return the host memory traffic of one parameter in an update; its gradient arrived before."""
-    if home is Home.HOST:
-        return footprint.host_dram - footprint.gradient
-    return footprint.staged_dram if home is Home.STAGED else 0
-
-
-# ---- whole subgroups --------------------------------------------------------------------------
-
-
-def assign(
-    subgroups: Sequence[Subgroup],
-    shares: Sequence[Shares],
-    memory: MemoryBudget,
-    staging_bytes: int,
-) -> list[Home]:
-    """Turn shares into homes by error diffusion: each subgroup takes the home that is furthest
-    behind its share. Room that is left on the device is filled afterwards.
-    """
-    totals = {s.footprint: s.resident + s.staged + s.host for s in shares}
-    wanted = {s.footprint: (s.resident, s.staged, s.host) for s in shares}
-    given = {s.footprint: [0.0, 0.0, 0.0] for s in shares}
-    seen = dict.fromkeys(totals, 0.0)
-    room = memory.device_bytes - staging_bytes
-    homes: list[Home] = []
-    for subgroup in subgroups:
-        footprint, size = subgroup.footprint, subgroup.elements
-        seen[footprint] += size
-        progress = seen[footprint] / totals[footprint]
-        behind = [
-            want * progress - have
-            for want, have in zip(wanted[footprint], given[footprint], strict=True)
-        ]
-        for index in sorted(range(3), key=lambda index: -behind[index]):
-            cost = size * device_bytes(footprint, HOMES[index])
-            if cost <= room and (index != 1 or wanted[footprint][1] > 0):
+    def shortest(
+        self, ranked: list[tuple[float, Codes]], patient: bool = False
+    ) -> tuple[float, Codes]:
+        """Play homes in their order; return the best and what it costs."""
+        best, chosen = math.inf, ranked[0][1]
+        for least, homes in ranked:
+            hopeless = least_cost(least, self.window) >= best
+            tired = self.played + len(homes) > PLAYED_SUBGROUPS and not patient
+            if tired and self.played:
                 break
-        else:
-            index, cost = 2, 0
-        room -= cost
-        given[footprint][index] += size
-        homes.append(HOMES[index])
-    return fill_device(subgroups, homes, room)
-
-
-def improve(
-    rates: OffloadRates,
-    subgroups: Sequence[Subgroup],
-    homes: list[Home],
-    memory: MemoryBudget,
-    window: HiddenWindow,
-    slots: int,
-) -> list[Home]:
-    """Move single subgroups between host and staged while that shortens the slowest lane: whole
-    subgroups seldom hit the shares exactly.
-    """
-    best = predict(rates, subgroups, homes, window).update_seconds
-    for _ in range(MOST_MOVES):
-        trials: list[tuple[float, list[Home]]] = []
-        for leaving, entering in ((Home.HOST, Home.STAGED), (Home.STAGED, Home.HOST)):
-            numbers = [n for n, home in enumerate(homes) if home is leaving]
-            if not numbers or Home.STAGED not in homes:
+            if hopeless:
                 continue
-            numbers.sort(key=lambda n: subgroups[n].elements)
-            for number in {numbers[0], numbers[len(numbers) // 2], numbers[-1]}:
-                trial = [*homes[:number], entering, *homes[number + 1 :]]
-                if fits(memory_needs(subgroups, trial, slots), memory):
-                    time = predict(rates, subgroups, trial, window).update_seconds
-                    trials.append((time, trial))
-        time, trial = min(trials, default=(math.inf, homes), key=lambda pair: pair[0])
-        if time >= best * (1 - 1e-9):
-            break
-        best, homes = time, trial
-    return homes
+            cost, times = self.play(homes)
+            if cost < best * (1 - 1e-9):
+                best, chosen, self.times = cost, homes, times
+        return best, chosen
+
+    def polished(self, best: float, homes: Codes) -> Codes:
+        """Give single subgroups another home, or two each other's, while that is played shorter and
+        nobody is tired.
+        """
+        for number, target, other in itertools.islice(polishing_moves(homes), MOST_TRIED):
+            if self.played + len(homes) > PLAYED_SUBGROUPS:
+                break
+            trial = homes.copy()
+            trial[number] = target if other is None else homes[other]
+            if other is not None:
+                trial[other] = homes[number]
+            least = self.loads.least_seconds(trial)
+            if not self.fits(trial) or least_cost(least, self.window) >= best:
+                continue
+            cost, times = self.play(trial)
+            if cost < best * (1 - 1e-9):
+                best, homes, self.times = cost, trial, times
+        return homes
 
 
-def fill_device(subgroups: Sequence[Subgroup], homes: list[Home], room: int) -> list[Home]:
-    """Make subgroups resident while there is room, those on the host first."""
-    for leaving in (Home.HOST, Home.STAGED):
-        for number, subgroup in enumerate(subgroups):
-            footprint, size = subgroup.footprint, subgroup.elements
-            more = footprint.resident_memory - device_bytes(footprint, leaving)
-            if homes[number] is leaving and size * more <= room:
-                homes[number] = Home.RESIDENT
-                room -= size * more
-    return homes
+def polishing_moves(homes: Codes) -> Iterator[tuple[int, int, int | None]]:
+    """Yield a subgroup and its new home, or another with which it changes homes; last ones first:
+    they decide how an update ends.
+    """
+    count = len(homes)
+    for step in (1, 2):
+        for number in reversed(range(count)):
+            yield number, (int(homes[number]) + step) % 3, None
+    for gap in (1, 2, 3):
+        for number in reversed(range(count - gap)):
+            yield number, 0, number + gap
 
 
-def predict(
+def unique(homes: Sequence[Codes]) -> list[Codes]:
+    """Return each assignment once."""
+    return list({one.tobytes(): one for one in homes}.values())
+
+
+# ---- predictions ------------------------------------------------------------------------------
+
+
+def cost_of(prediction: Prediction) -> float:
+    """Return what an update costs: exposed seconds, and a little for hidden ones."""
+    return prediction.exposed_seconds + WORTH_OF_HIDDEN * prediction.update_seconds
+
+
+def cost_of_times(
+    times: Times, late: float, subgroups: Sequence[Subgroup], window: HiddenWindow
+) -> float:
+    """Return what a played update costs."""
+    exposed = exposed_seconds(times, late, subgroups, window)
+    return exposed + WORTH_OF_HIDDEN * (late + times.makespan)
+
+
+def least_cost(update_seconds: float, window: HiddenWindow) -> float:
+    """Return what an update of so many seconds costs at least."""
+    # Weights may be new long before the last state is back on the host.
+    exposed = update_seconds if window.total == 0.0 else 0.0
+    return exposed + WORTH_OF_HIDDEN * update_seconds
+
+
+def exposed_seconds(
+    times: Times, late: float, subgroups: Sequence[Subgroup], window: HiddenWindow
+) -> float:
+    """Return how long compute waits for an update.
+
+    The next forward pass takes the subgroups in order, each for its share of the pass, and waits
+    where its weights are not new yet. An update with nothing to run beside is waited for
+    to its end.
+    """
+    if window.forward == 0.0:
+        return max(0.0, late + times.makespan - window.backward)
+    total = sum(subgroup.elements for subgroup in subgroups) or 1
+    clock = 0.0
+    for ready, subgroup in zip(times.ready, subgroups, strict=True):
+        clock = max(clock, late + ready - window.backward)
+        clock += window.forward * subgroup.elements / total
+    return max(0.0, clock - window.forward)
+
+
+def predicted(
     rates: OffloadRates,
+    strategy: str,
     subgroups: Sequence[Subgroup],
     homes: Sequence[Home],
+    slots: int,
     window: HiddenWindow,
-) -> Prediction:
-    """Return the time of each lane for whole subgroups, and of the slowest."""
-    elements: dict[tuple[Footprint, Home], int] = {}
-    for subgroup, home in zip(subgroups, homes, strict=True):
-        key = (subgroup.footprint, home)
-        elements[key] = elements.get(key, 0) + subgroup.elements
-    footprints = list(dict.fromkeys(footprint for footprint, _ in elements))
-    counts = [elements.get((f, home), 0) for f in footprints for home in HOMES]
-    lanes = {
-        name: max(0.0, sum(a * n for a, n in zip(row, counts, strict=True)) - hidden)
-        for name, (row, hidden) in lane_rows(rates, footprints, window).items()
-    }
-    bound = max(lanes, key=lambda name: lanes[name])
-    return Prediction(lanes[bound], max(0.0, lanes[bound] - window.total), lanes, bound)
+) -> Schedule:
+    """Return a schedule and what it takes: every lane's least time, and what the order of events
+    makes of them.
+    """
+    loads = Loads(rates, subgroups, window, slots)
+    times = Player(subgroups, rates).times(homes, slots)
+    return described(loads, times, strategy, homes, window)
+
+
+def described(
+    loads: Loads, times: Times, strategy: str, homes: Sequence[Home], window: HiddenWindow
+) -> Schedule:
+    """Return a schedule with the times that it was played in."""
+    codes = np.array([HOMES.index(home) for home in homes], dtype=np.int64)
+    seconds, flush, _ = loads.totals(codes)
+    late = float(loads.late(np.array(flush)))
+    lanes: dict[str, float] = dict(zip(LOADED, seconds.tolist(), strict=True))
+    # Slots are no lane of the machine: what they hold up shows in the update's time.
+    del lanes["slots"]
+    if math.isfinite(window.flush):
+        lanes["flush"] = late
+    prediction = Prediction(
+        update_seconds=late + times.makespan,
+        exposed_seconds=exposed_seconds(times, late, loads.subgroups, window),
+        lane_seconds=lanes,
+        bound_by=max(lanes, key=lambda name: lanes[name]),
+    )
+    return Schedule(strategy, tuple(loads.subgroups), tuple(homes), loads.slots, prediction)
 
 
 def with_simulated_time(schedule: Schedule, rates: OffloadRates, window: HiddenWindow) -> Schedule:
-    """Return a schedule whose times include what only the order of events shows."""
-    late = schedule.prediction.lane_seconds.get("flush", 0.0)
-    seconds = max(schedule.prediction.update_seconds, late + play(schedule, rates).makespan)
-    exposed = max(0.0, seconds - window.total)
-    timed = replace(schedule.prediction, update_seconds=seconds, exposed_seconds=exposed)
-    return replace(schedule, prediction=timed)
+    """Return a schedule with the times that it takes on a machine with these rates."""
+    again = predicted(
+        rates,
+        schedule.strategy,
+        schedule.subgroups,
+        schedule.homes,
+        schedule.staging_slots,
+        window,
+    )
+    return replace(schedule, prediction=again.prediction)
 
 
 def predict_homes(profile: HardwareProfile, schedule: Schedule, window: HiddenWindow) -> Schedule:
     """Return a schedule with the times that its homes would take on another machine."""
-    rates = rates_of(profile)
-    again = replace(schedule, prediction=predict(rates, schedule.subgroups, schedule.homes, window))
-    few = len(schedule.subgroups) <= SIMULATED_UP_TO
-    return with_simulated_time(again, rates, window) if few else again
+    return with_simulated_time(schedule, rates_of(profile), window)
 
 
 def compare(
@@ -473,7 +465,7 @@ def compare(
     hidden_window: HiddenWindow = NOTHING_HIDDEN,
     *,
     stride: int | None = None,
-    staging_slots: int = 2,
+    staging_slots: int | None = 2,
 ) -> dict[str, Schedule | MemoryShortage]:
     """Return every strategy's schedule, or why it does not fit."""
     outcome: dict[str, Schedule | MemoryShortage] = {}

@@ -11,11 +11,13 @@ executor: staged subgroups pass every lane in the same order.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from interlace.offload.hardware import HardwareProfile, OffloadRates
-from interlace.offload.schedule import Home, Schedule, Subgroup
+from interlace.offload.schedule import Footprint, Home, Schedule, Subgroup
 from interlace.offload.timeline import Timeline, TimelineEvent
 
 H2D, D2H, CPU, DEVICE = range(4)
@@ -68,8 +70,8 @@ def slowed(
 
 
 def water_level(wanted: Sequence[float], available: float) -> float:
-    """Return the most that a wish is granted: small ones are met in full, large ones get equal parts
-    of the rest.
+    """Return the most that a wish is granted: small ones are met in full, large ones get equal
+    parts of the rest.
     """
     waiting = len(wanted)
     level = INFINITE
@@ -103,23 +105,30 @@ class Times:
     ready: list[float]
 
 
-def pieces_of(subgroup: Subgroup, rates: OffloadRates) -> dict[Home, tuple[Piece, ...]]:
-    """Return what one subgroup asks of each lane, in the order of `LANES`, by home."""
-    footprint, elements = subgroup.footprint, subgroup.elements
+def pieces_of(
+    subgroups: Sequence[Subgroup], rates: OffloadRates
+) -> dict[Home, tuple[list[Piece], ...]]:
+    """Return what every subgroup asks of each lane, in the order of `LANES`, by home."""
+    elements = np.array([subgroup.elements for subgroup in subgroups], dtype=np.int64)
 
-    def piece(size: int, rate: float, memory: int = 0) -> Piece:
-        seconds = max(elements * size / rate + rates.piece_overhead_seconds, 1e-15)
-        return seconds, elements * memory / seconds, elements * size
+    def pieces(size_of: Callable[[Footprint], tuple[int, int]], rate: float) -> list[Piece]:
+        sizes = {footprint: size_of(footprint) for footprint in footprints}
+        each = np.array([sizes[subgroup.footprint] for subgroup in subgroups])
+        moved, memory = elements * each[:, 0], elements * each[:, 1]
+        seconds = np.maximum(moved / rate + rates.piece_overhead_seconds, 1e-15)
+        demand = memory / seconds
+        return list(zip(seconds.tolist(), demand.tolist(), moved.tolist(), strict=True))
 
-    state, weight = footprint.staged_copy, footprint.weight
-    copy_in = piece(state, rates.h2d_bytes_per_second, state)
-    copy_out = piece(state, rates.d2h_bytes_per_second, state)
-    weights = piece(weight, rates.h2d_bytes_per_second, weight)
-    on_device = piece(footprint.device_update, rates.device_update_bytes_per_second)
-    on_cpu = piece(
-        footprint.host_update, rates.cpu_update_bytes_per_second, footprint.host_update_dram
+    footprints = {subgroup.footprint for subgroup in subgroups}
+    up, down = rates.h2d_bytes_per_second, rates.d2h_bytes_per_second
+    on_device = pieces(lambda f: (f.device_update, 0), rates.device_update_bytes_per_second)
+    on_cpu = pieces(
+        lambda f: (f.host_update, f.host_update_dram), rates.cpu_update_bytes_per_second
     )
-    nothing = (0.0, 0.0, 0)
+    copy_in = pieces(lambda f: (f.staged_copy, f.staged_copy), up)
+    copy_out = pieces(lambda f: (f.staged_copy, f.staged_copy), down)
+    weights = pieces(lambda f: (f.weight, f.weight), up)
+    nothing: list[Piece] = []
     return {
         Home.RESIDENT: (nothing, nothing, nothing, on_device),
         Home.STAGED: (copy_in, copy_out, nothing, on_device),
@@ -136,8 +145,7 @@ class Player:
     """
 
     def __init__(self, subgroups: Sequence[Subgroup], rates: OffloadRates) -> None:
-        kinds = {subgroup: pieces_of(subgroup, rates) for subgroup in set(subgroups)}
-        self.pieces = [kinds[subgroup] for subgroup in subgroups]
+        self.pieces = pieces_of(subgroups, rates)
         self.blocking = [subgroup.footprint.upload_blocks for subgroup in subgroups]
         self.memory_rate = rates.host_dram_bytes_per_second / rates.ranks_per_node
         self.duplex = rates.duplex_efficiency
@@ -148,7 +156,7 @@ class Player:
         for lane, number, start, stop in self.run(homes, slots):
             home = homes[number]
             what = {H2D: "copy in" if home is Home.STAGED else "weights", D2H: "copy out"}
-            size = self.pieces[number][home][lane][-1]
+            size = self.pieces[home][lane][number][-1]
             events.append(
                 TimelineEvent(LANES[lane], what.get(lane, "update"), number, start, stop, size)
             )
@@ -180,7 +188,7 @@ class Player:
                         demand[lane] = 0.0
                         continue
                     number = at[lane] = queues.take(lane)
-                    seconds, demand[lane], _ = pieces[number][homes[number]][lane]
+                    seconds, demand[lane], _ = pieces[homes[number]][lane][number]
                     start[lane], left[lane], rate[lane] = now, 1.0, 1.0 / seconds
                 busy.append(lane)
             if not busy:

@@ -8,7 +8,7 @@ import pytest
 from interlace.offload.hardware import HardwareProfile, OffloadRates
 from interlace.offload.performance_model import solve
 from interlace.offload.schedule import Footprint, Home, MemoryBudget, Schedule, Subgroup
-from interlace.offload.simulator import fair_shares, simulate
+from interlace.offload.simulator import simulate, water_level
 from interlace.offload.timeline import LANES, Timeline, draw_gantt, write_chrome_trace
 
 # 10 elements: 120 bytes staged, 20 bytes of weights, 280 bytes of update.
@@ -81,10 +81,13 @@ def test_ranks_share_host_memory() -> None:
 
 
 def test_small_demands_are_met_and_large_ones_share_the_rest() -> None:
-    assert fair_shares({"a": 10.0, "b": 100.0, "c": 60.0}, 100.0) == pytest.approx(
-        {"a": 10.0, "b": 45.0, "c": 45.0}
-    )
-    assert fair_shares({"a": 10.0, "b": 20.0}, 100.0) == {"a": 10.0, "b": 20.0}
+    def granted(wanted: list[float]) -> list[float]:
+        level = water_level(wanted, 100.0)
+        return [min(wish, level) for wish in wanted]
+
+    assert granted([10.0, 100.0, 60.0]) == pytest.approx([10.0, 45.0, 45.0])
+    assert granted([50.0, 10.0, 60.0]) == pytest.approx([45.0, 10.0, 45.0])
+    assert granted([10.0, 20.0]) == [10.0, 20.0]
 
 
 def test_residents_fill_the_device_s_pauses_and_hold_nobody_up() -> None:
