@@ -218,18 +218,27 @@ class Search:
         Raises:
             MemoryShortage: Nothing fits.
         """
+        simple = [homes for homes in self.simple(stride) if self.fits(homes)]
+        if simple and not simple[0].any() and not self.shortest(self.ranked(simple))[1].any():
+            # All fits on the device, and no simple strategy is faster. The CPU could take a few
+            # percent off it, at the price of host memory that others use.
+            return named(simple[0])
+        self.played = 0
         if len(self.subgroups) <= ENUMERATED:
             ranked = every_assignment(self.loads, self.memory)
             if not ranked:
                 raise self.too_little(self.rounded())
             return named(self.shortest(ranked, patient=True)[1])
-        candidates = [*self.rounded(), *self.simple(stride)]
-        fitting = [homes for homes in candidates if self.fits(homes)]
+        candidates = self.rounded()
+        fitting = [*(homes for homes in candidates if self.fits(homes)), *simple]
         if not fitting:
             raise self.too_little(candidates)
-        ranked = [(self.loads.least_seconds(homes), homes) for homes in unique(fitting)]
-        cost, homes = self.shortest(ranked)
+        cost, homes = self.shortest(self.ranked(unique(fitting)))
         return named(self.polished(cost, homes) if self.few else homes)
+
+    def ranked(self, candidates: Sequence[Codes]) -> list[tuple[float, Codes]]:
+        """Return homes with their least seconds."""
+        return [(self.loads.least_seconds(homes), homes) for homes in candidates]
 
     def fits(self, homes: Codes) -> bool:
         """Whether homes stay within the budget."""
@@ -314,7 +323,7 @@ class Search:
         for least, homes in ranked:
             hopeless = least_cost(least, self.window) >= best
             tired = self.played + len(homes) > PLAYED_SUBGROUPS and not patient
-            if tired and self.played:
+            if tired and best < math.inf:
                 break
             if hopeless:
                 continue
