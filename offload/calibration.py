@@ -110,13 +110,14 @@ class Calibration:
             misfit + (RELUCTANCE if number > 1 else 0.0) for number, misfit in enumerate(misfits)
         ]
         self.profile = candidates[costs.index(min(costs))]
-        self.start_again()
+        self.forget()
+        self.rest = REST
 
-    def start_again(self) -> None:
+    def forget(self) -> None:
         """Forget what was measured: it was of other homes, or of another belief."""
         self.busy.clear()
         self.seconds = 0.0
-        self.off, self.rest = 0, REST
+        self.off = 0
         self._expected_for = None
 
     def suspects(self, schedule: Schedule) -> Iterator[HardwareProfile]:

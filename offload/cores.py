@@ -6,7 +6,6 @@ GPU, and threads of its own on them.
 """
 
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-POOL_NAME = "cpu-update"
 
 SPARED_CORES = 2
 """Cores of a rank with a GPU that updates leave alone: for Python, and for the lanes' threads."""
@@ -45,7 +42,7 @@ class CpuPool:
             {share.cores[number % len(share.cores)]} if share.ranks == 1 else set(share.cores)
             for number in range(self.threads)
         )
-        self._pool = ThreadPoolExecutor(self.threads, POOL_NAME, initializer=self._bind)
+        self._pool = ThreadPoolExecutor(self.threads, "cpu-update", initializer=self._bind)
 
     def _bind(self) -> None:
         if hasattr(os, "sched_setaffinity"):
@@ -70,8 +67,7 @@ class CpuPool:
 
     def close(self) -> None:
         """End the threads."""
-        own = threading.current_thread().name.startswith(POOL_NAME)
-        self._pool.shutdown(wait=not own)
+        self._pool.shutdown()
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,9 @@ class Executor:
             if slot.memory.numel() != size:
                 slot.memory = self.memory(0)
                 slot.memory = self.memory(size)
+        if self.lanes.device.type == "cuda":
+            # What used this memory before may still be under way; copies into it will not wait.
+            torch.cuda.synchronize(self.lanes.device)
 
     def forget_work(self) -> None:
         """Forget what passed through the slots; nothing is under way."""
@@ -180,7 +183,7 @@ class Executor:
             what="copy in",
             subgroup=subgroup.index,
             bytes=size,
-            after=(issued, *slot.freed, *subgroup.updating),
+            after=(*slot.freed, *subgroup.updating),
             completely=True,
         )
         # What holds a slot goes before resident subgroups, which can wait.

@@ -35,24 +35,29 @@ def wait_in_forward(model: nn.Module, wait_for: WaitFor) -> list[RemovableHandle
         # gathers the shards.
         outside_graphs = cast("Callable[[nn.Module, Any], None]", torch.compiler.disable(before))
         handles.append(module.register_forward_pre_hook(outside_graphs, prepend=True))
+    for module, own in parts_by_themselves(model):
+
+        def before_part(_: nn.Module, __: Any, own: Sequence[torch.Tensor] = own) -> None:
+            # Inside a graph its layer has waited already.
+            if not torch.compiler.is_compiling():
+                wait_for(own)
+
+        handles.append(module.register_forward_pre_hook(before_part, prepend=True))
     return handles
 
 
 def wait_around_state_dicts(
-    model: nn.Module, wait_for_all: Callable[[], None]
+    model: nn.Module, synchronize: Callable[[], None], settle: Callable[[], None]
 ) -> list[RemovableHandle]:
-    """Call `wait_for_all()` before a model's state dict is taken or loaded.
+    """Call `synchronize()` before a model's state dict is taken, and `settle()`, which does not
+    mind failed updates, before one is loaded.
 
     Returns:
         Handles that take the hooks off again.
     """
-
-    def before(*_: Any) -> None:
-        wait_for_all()
-
     return [
-        model.register_state_dict_pre_hook(before),
-        model.register_load_state_dict_pre_hook(before),
+        model.register_state_dict_pre_hook(lambda *_: synchronize()),
+        model.register_load_state_dict_pre_hook(lambda *_: settle()),
     ]
 
 
@@ -73,12 +78,18 @@ def readers(
         return
     for module, parameters in units(model):
         yield module, lambda parameters=parameters: parameters
-    # Embedding or head may be called by themselves, outside the model's forward.
-    inside = {module for layer in layers_of(model) for module in layer.modules()}
+
+
+def parts_by_themselves(model: nn.Module) -> Iterator[tuple[nn.Module, list[torch.Tensor]]]:
+    """Yield every module with parameters of its own that FSDP2 does not gather: it may be called by
+    itself, outside its layer's or the model's forward.
+    """
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return
     for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        if own and module is not model and module not in inside:
-            yield module, lambda own=own: own
+        own: list[torch.Tensor] = list(module.parameters(recurse=False))
+        if own and module is not model:
+            yield module, own
 
 
 def units(model: nn.Module) -> list[tuple[nn.Module, list[torch.Tensor]]]:
@@ -97,9 +108,15 @@ def units(model: nn.Module) -> list[tuple[nn.Module, list[torch.Tensor]]]:
 
 
 def layers_of(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost layers of a module: the members of module lists and sequences."""
+    """Yield the outermost layers of a module: the members of module lists and sequences; lists and
+    dicts among them are nothing that could be called.
+    """
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
-        yield from (part for part in module if any(True for _ in part.parameters()))
+        for part in module:
+            if isinstance(part, (nn.ModuleList, nn.ModuleDict)):
+                yield from layers_of(nn.ModuleList(part.children()))
+            elif any(True for _ in part.parameters()):
+                yield part
         return
     for child in module.children():
         yield from layers_of(child)

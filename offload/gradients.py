@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -127,13 +128,13 @@ class Gradients:
         """Return the landing that was used longest ago, once it has been read: backward may not run
         ahead of the sums with ever more gradients on the device.
         """
-        landing = self.landings.popleft()
+        landing = self.landings[0]
         if landing.read is not None:
             landing.read.wait()
         if landing.memory.numel() < size:
             # A power of two fits every dtype, and few sizes come.
             landing.memory = self.host.empty(1 << (size - 1).bit_length(), torch.uint8)
-        self.landings.append(landing)
+        self.landings.rotate(-1)
         return landing
 
     def forget_work(self) -> None:
@@ -196,26 +197,26 @@ def all_finite(subgroup: SubgroupState) -> bool:
     return bool(torch.isfinite(sum_in_order([square for _, square in squares_of([subgroup])])))
 
 
-def global_norm(subgroups: Iterable[SubgroupState], parameters: Iterable[torch.Tensor]) -> float:
+def global_norm(subgroups: Iterable[SubgroupState], groups: Sequence[dict[str, Any]]) -> float:
     """Return the 2-norm of all gradients over all shards, the same on every rank.
 
     Shards of a `DTensor` are summed over the mesh dimensions that shard it; replicas hold the same
-    numbers and are not counted twice. `parameters` are all there are, in one order on every rank:
-    ranks must meet in the same reductions, whichever gradients came and however subgroups are cut.
+    numbers and are not counted twice. The order of the parameter groups decides in which reductions
+    ranks meet, whichever gradients came and however subgroups are cut.
     """
     sharded: dict[tuple[distributed.ProcessGroup, ...], list[torch.Tensor]] = {
-        sharding_groups(parameter): [] for parameter in parameters
+        sharding_groups(parameter): [] for group in groups for parameter in group["params"]
     }
     plain: list[torch.Tensor] = []
     for member, square in squares_of(subgroups):
-        groups = sharding_groups(member.parameter)
-        (sharded[groups] if groups else plain).append(square.double())
+        over = sharding_groups(member.parameter)
+        (sharded[over] if over else plain).append(square.double())
     total = sum_in_order(plain)
-    for groups, squares in sharded.items():
-        if not groups:
+    for over, squares in sharded.items():
+        if not over:
             continue
         part = sum_in_order(squares)
-        for group in groups:
+        for group in over:
             part = part.to(device_of(group))
             distributed.all_reduce(part, group=group)
         total = total + part.cpu()

@@ -91,6 +91,12 @@ class Ticket:
                 f"{self.what} of subgroup {self.subgroup} failed on lane {self.lane}: {self.error}"
             ) from self.error
 
+    @property
+    def complete(self) -> bool:
+        """Whether the work is done, on the device too, and did not fail."""
+        done = self._settled and self.error is None
+        return done and (self.ended is None or self.ended.query())
+
     def wait_on_stream(self) -> None:
         """Let the current CUDA stream wait for the work; without a GPU, block."""
         self.wait_issued()
@@ -170,9 +176,7 @@ class Lane:
         with self._wake:
             self._closed = True
             self._wake.notify_all()
-        # A collected optimizer may be closed on any thread, this one included.
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.join()
 
     def _enqueue(self, piece: Piece) -> None:
         with self._wake:
@@ -240,9 +244,12 @@ class StreamLane(Lane):
             # Who waits for it on the host sleeps: its core belongs to updates.
             ended = torch.cuda.Event(enable_timing=True, blocking=True)
             ticket.began.record(self.stream)
-            piece.work()
-            ended.record(self.stream)
-            ticket.ended = ended
+            try:
+                piece.work()
+            finally:
+                # Also what fails may have begun to copy.
+                ended.record(self.stream)
+                ticket.ended = ended
             if piece.completely:
                 ended.synchronize()
 

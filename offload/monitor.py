@@ -115,7 +115,7 @@ class Monitor:
         self.retreat = self.probation.notice(report.update_seconds, homes)
         if self.retreat is not None:
             logger.info("the new homes are slower than those before: back to these")
-            calibration.start_again()
+            calibration.forget()
             return True
         if not calibration.notice(report, schedule):
             return False
@@ -124,6 +124,12 @@ class Monitor:
         calibration.correct(schedule)
         self.corrected = calibration.profile
         return True
+
+    def homes_changed(self) -> None:
+        """Forget what was measured, and who is on trial: homes changed for other reasons."""
+        self.probation.before = None
+        if self._calibration is not None:
+            self._calibration.forget()
 
     def moved(self, before: tuple[Home, ...], now: tuple[Home, ...]) -> None:
         """Let new homes prove themselves against those before, unless these are the old ones."""

@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from interlace.kernels.update import AdamW, UpdateRule
@@ -25,7 +24,7 @@ from interlace.offload.forward import wait_around_state_dicts, wait_in_forward
 from interlace.offload.gradients import Gradients, all_finite, global_norm
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.lanes import Lanes
-from interlace.offload.memory import HostSlabs, available_device_bytes
+from interlace.offload.memory import HostSlabs
 from interlace.offload.monitor import Monitor
 from interlace.offload.options import (
     OffloadOptions,
@@ -34,10 +33,11 @@ from interlace.offload.options import (
     check_arguments,
     check_parameter,
     device_of,
+    layout_of,
     listed,
     streams_gradients,
 )
-from interlace.offload.ownership import claim, release, weakly
+from interlace.offload.ownership import claim, end, end_later, release, weakly
 from interlace.offload.persistence import checked, load_state
 from interlace.offload.placement import Placement
 from interlace.offload.report import UpdateReport
@@ -51,7 +51,7 @@ from interlace.offload.step import (
     not_finite,
     undroppable,
 )
-from interlace.offload.subgroup import StateLayout, SubgroupState, local
+from interlace.offload.subgroup import SubgroupState, local
 
 
 class OffloadedOptimizer(torch.optim.Optimizer):
@@ -105,16 +105,18 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         device = device_of(groups)
         pool = CpuPool(self.options.cpu_threads, self.options.cpu_cores, device)
         self._lanes = Lanes(device, pool, self.options.throttle)
-        self._end_lanes = weakref.finalize(self, self._lanes.close)
-        self._end_lanes.atexit = False
         try:
             self._build(groups, model, budget, profile)
-            if model is not None and self._waits_in_forward:
-                self._handles += wait_in_forward(model, weakly(self.wait_for))
-                self._handles += wait_around_state_dicts(model, self._roster.settle)
         except BaseException:
-            self._let_go()
+            self._lanes.close()
             raise
+        # Hooks hold it weakly: an optimizer that is dropped ends what it began and is gone.
+        self._end = weakref.finalize(self, end_later, self._roster, self._lanes, self._handles)
+        self._end.atexit = False
+        if model is not None and self._waits_in_forward:
+            self._handles += wait_in_forward(model, weakly(self.wait_for))
+            settle = weakly(self._roster.settle)
+            self._handles += wait_around_state_dicts(model, weakly(self.synchronize), settle)
 
     def _build(
         self,
@@ -126,17 +128,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """Make the engine's parts and place the state of all groups."""
         options, lanes = self.options, self._lanes
         host = HostSlabs(lanes.pool, pin=lanes.device.type == "cuda")
-        layout = StateLayout(
-            self.rule,
-            options.moment_dtype,
-            options.split_master,
-            sums_gradients=options.accumulation_steps > 1,
-        )
+        layout = layout_of(self.rule, options)
         self._roster = Roster(model, layout, host, options.subgroup_elements)
         self._health = Health(self._roster.settle)
         self.placement = Placement(lanes.device, self.strategy, budget, profile, options)
         self.monitor = Monitor(lanes, self.placement.profile, options.recalibrate)
-        self._gradients = Gradients(lanes, host, self._gradient_came)
+        self._gradients = Gradients(lanes, host, weakly(self._gradient_came))
         self._executor = Executor(lanes, options.staging_slots)
         super().__init__(groups, dict(self.rule.hyperparameters()))
         self._adopt()
@@ -171,9 +168,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         fresh = roster.newcomers(self.param_groups, frozen)
         shapes = [subgroup.shape for subgroup in roster.with_newcomers(fresh)]
         homes = self.placement.choose(shapes, roster.shapes, self.homes)
-        claim([m.parameter for subgroup in fresh for m in subgroup.members], self)
-        roster.enter(fresh, homes)
-        for parameter in (m.parameter for subgroup in fresh for m in subgroup.members):
+        parameters = [m.parameter for subgroup in fresh for m in subgroup.members]
+        claim(parameters, self)
+        try:
+            roster.enter(fresh, homes)
+        except BaseException:
+            release(parameters, self)
+            raise
+        self.monitor.homes_changed()
+        for parameter in parameters:
             streams = streams_gradients(self.options.stream_gradients, parameter)
             if streams and parameter.requires_grad:
                 hook = weakly(self._take)
@@ -185,6 +188,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
         Args:
             homes: One per subgroup, in their order.
+
+        Raises:
+            LaneError: The update under way failed.
+            MemoryShortage: The system refuses the memory.
         """
         self.synchronize()
         pairs = list(zip(self.subgroups, homes, strict=True))
@@ -213,7 +220,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def give_back(self, device_bytes: int) -> None:
         """Free device memory, between steps, by moving state off the device."""
-        self.rehome(self.placement.give_back(self._roster.shapes, self.homes, device_bytes))
+        homes = self.placement.give_back(self._roster.shapes, self.homes, device_bytes)
+        self.monitor.homes_changed()
+        self.rehome(homes)
 
     @property
     def subgroups(self) -> Sequence[SubgroupState]:
@@ -238,17 +247,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._health.check()
         subgroup, member = self._roster.members[parameter]
         if subgroup in self._step.launched:
-            self._refuse_late_gradient(parameter)
+            name = self._roster.name_of(parameter, self.param_groups)
+            self._health.failure = late_gradient(name, self.options.accumulation_steps)
+            raise RuntimeError(self._health.failure)
         self._begin()
         self._step.norm = None
         self._gradients.take(subgroup, member)
-
-    def _refuse_late_gradient(self, parameter: torch.Tensor) -> NoReturn:
-        """Raise: the update that this gradient belongs to has begun without it."""
-        name = self._roster.name_of(parameter, self.param_groups)
-        message = late_gradient(name, self.overlap, self.options.accumulation_steps)
-        self._health.failure = message
-        raise RuntimeError(message)
 
     def _begin(self) -> None:
         """Once per step, before its first gradient: finish the last one."""
@@ -257,7 +261,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._step.begun = True
         self.finish_report()
         if self.monitor.device_is_short():
-            self.give_back(available_device_bytes(self._lanes.device) // 20)
+            # Of what it holds there, a quarter at a time.
+            self.give_back(self.placement.held(self._roster.shapes, self.homes).device_bytes // 4)
         self.monitor.begin()
 
     def _gradient_came(self, subgroup: SubgroupState) -> None:
@@ -279,7 +284,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """
         self._take_remaining()
         if self._step.norm is None:
-            self._step.norm = global_norm(self.subgroups, list(self._roster.members))
+            self._step.norm = global_norm(self.subgroups, self.param_groups)
         return self._step.norm
 
     def _take_remaining(self) -> None:
@@ -320,12 +325,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if self._step.launched:
             self._health.check()
             raise RuntimeError(undroppable(len(self._step.launched), len(self.subgroups)))
-        self._forget_gradients()
-
-    def _forget_gradients(self) -> None:
-        """Be ready for the next step's gradients."""
-        self._roster.forget_gradients()
-        self._step = OpenStep()
+        self._step = self._roster.next_step()
 
     # ---- the step ---------------------------------------------------------------------------
 
@@ -355,11 +355,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._take_remaining()
         self._begin()
         factor = gradient_scale * self._clip_factor(gradient_scale)
-        with self.monitor.waiting():
+        with self.monitor.waiting(), self._health.uninterrupted():
             for subgroup in self.subgroups:
                 if subgroup not in self._step.launched:
                     self._launch(subgroup, factor)
-            self._forget_gradients()
+            self._step = self._roster.next_step()
             if not self._waits_in_forward:
                 with self._health.watched():
                     self._roster.wait_on_stream()
@@ -380,7 +380,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         bad = [
             self._roster.name_of(parameter, self.param_groups)
             for parameter, gradient in self.gradients()
-            if not bool(torch.isfinite(gradient).all())
+            if not torch.isfinite(gradient).all()
         ]
         launched = len(self._step.launched)
         message = not_finite(bad, launched, len(self.subgroups))
@@ -402,15 +402,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def wait_for(self, parameters: Iterable[torch.Tensor]) -> None:
         """Wait until these parameters have their new weights; the rest of the update goes on."""
-        members = self._roster.members
-        with self.monitor.waiting(), self._health.watched():
-            for subgroup in {members[p][0]: None for p in parameters if p in members}:
-                ticket = subgroup.weights_ready
-                if ticket is not None and isinstance(subgroup.members[0].parameter, DTensor):
-                    # FSDP2 gathers shards on streams of its own, which must not run ahead.
-                    ticket.wait()
-                elif ticket is not None:
-                    ticket.wait_on_stream()
+        pending = self._roster.pending(parameters)
+        if pending:
+            with self.monitor.waiting(), self._health.watched():
+                for wait in pending:
+                    wait()
 
     def synchronize(self) -> None:
         """Block until no update and no gradient is under way; weights and state may then be read or
@@ -445,7 +441,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             ValueError: The groups or shapes differ, a moment is missing, or a setting of the saved
                 groups (`amsgrad`, `maximize`) asks for another update.
         """
-        if not self._end_lanes.alive:
+        if not self._end.alive:
             self._health.check()
         for adapt in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = adapt(self, dict(state_dict)) or state_dict
@@ -453,19 +449,22 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._roster.settle()
         for part in (self._roster, self._gradients, self._executor, self.monitor):
             part.forget_work()
-        self._forget_gradients()
-        self._health.failure = None
+        self._step = self._roster.next_step()
+        failure, self._health.failure = self._health.failure, None
         frozen = [p for p, state in saved if state and p not in self._roster.members]
-        if frozen:
-            self._adopt(frozen)
-        load_state(self.param_groups, self._roster.members, saved, state_dict)
+        try:
+            if frozen:
+                self._adopt(frozen)
+            load_state(self.param_groups, self._roster.members, saved, state_dict)
+        except BaseException:
+            self._health.failure = failure
+            raise
         for notify in self._optimizer_load_state_dict_post_hooks.values():
             notify(self)
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
-            "an OffloadedOptimizer owns threads and memory and can be neither copied nor pickled; "
-            "save its state_dict() and load it into another"
+            "an OffloadedOptimizer can be neither copied nor pickled; save its state_dict()"
         )
 
     def master(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -486,14 +485,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def close(self) -> None:
         """Finish what is under way, take all hooks off and end the threads; the optimizer cannot be
         used afterwards, and another may serve its parameters.
-        """
-        self._roster.settle()
-        self._let_go()
-        self._health.failure = self._health.failure or "the optimizer is closed"
 
-    def _let_go(self) -> None:
-        """Take hooks off, disown the parameters and end the threads."""
-        for handle in self._handles:
-            handle.remove()
-        release(self._roster.members if hasattr(self, "_roster") else ())
-        self._end_lanes()
+        Raises:
+            LaneError: The last update failed, and nobody knew it yet.
+        """
+        if self._end.detach() is None:
+            return
+        try:
+            if self._health.failure is None:
+                self.synchronize()
+        finally:
+            self._health.failure = self._health.failure or "the optimizer is closed"
+            release(self._roster.members, self)
+            end(self._roster, self._lanes, self._handles)

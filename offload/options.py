@@ -9,10 +9,11 @@ import torch.distributed as distributed
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from interlace.kernels.update import UpdateRule
 from interlace.offload.cores import usable_cores
 from interlace.offload.lanes import Throttle
 from interlace.offload.schedule import NOTHING_HIDDEN, HiddenWindow, MemoryBudget
-from interlace.offload.subgroup import local
+from interlace.offload.subgroup import StateLayout, local
 
 Overlap = Literal["none", "forward", "backward"]
 Strategy = Literal["none", "host", "stride", "optimal"]
@@ -71,9 +72,10 @@ class OffloadOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: must be {least} or more")
-        if self.cpu_cores is not None and not set(self.cpu_cores) & usable_cores():
+        wanted = set(self.cpu_cores) if self.cpu_cores is not None else usable_cores()
+        if not wanted or wanted - usable_cores():
             raise ValueError(
-                f"cpu_cores={sorted(self.cpu_cores)}: this process may run on "
+                f"cpu_cores={sorted(wanted)}: this process may run on "
                 f"{sorted(usable_cores())}; name some of these, or None for all"
             )
         if self.moment_dtype not in (torch.float32, torch.bfloat16):
@@ -81,6 +83,16 @@ class OffloadOptions:
                 f"moment_dtype={self.moment_dtype}: moments are kept in torch.float32 or "
                 "torch.bfloat16"
             )
+
+
+def layout_of(rule: UpdateRule, options: OffloadOptions) -> StateLayout:
+    """Return in which precision options keep a rule's state."""
+    return StateLayout(
+        rule,
+        options.moment_dtype,
+        options.split_master,
+        sums_gradients=options.accumulation_steps > 1,
+    )
 
 
 def check_arguments(

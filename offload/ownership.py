@@ -4,12 +4,17 @@ Two would each take gradients over, and the second would find nothing. Hooks hol
 weakly, so that one that is dropped frees its state and its threads and hands its parameters on.
 """
 
+import _thread
 import gc
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from interlace.offload.lanes import Lanes
+from interlace.offload.roster import Roster
 
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -39,10 +44,11 @@ def owned_by_another(parameters: Iterable[torch.Tensor], optimizer: object) -> l
     return [p for p in parameters if p in _owners and _owners[p]() not in (None, optimizer)]
 
 
-def release(parameters: Iterable[torch.Tensor]) -> None:
-    """Leave parameters without an owner."""
+def release(parameters: Iterable[torch.Tensor], optimizer: object) -> None:
+    """Leave those parameters of an optimizer without an owner."""
     for parameter in parameters:
-        _owners.pop(parameter, None)
+        if parameter in _owners and _owners[parameter]() is optimizer:
+            del _owners[parameter]
 
 
 def weakly(method: Callable[..., None]) -> Callable[..., None]:
@@ -55,3 +61,18 @@ def weakly(method: Callable[..., None]) -> Callable[..., None]:
             living(*arguments)
 
     return call
+
+
+def end(roster: Roster, lanes: Lanes, handles: Sequence[RemovableHandle]) -> None:
+    """Let an optimizer's work end, then its threads, and take its hooks off."""
+    roster.settle()
+    for handle in handles:
+        handle.remove()
+    lanes.close()
+
+
+def end_later(roster: Roster, lanes: Lanes, handles: Sequence[RemovableHandle]) -> None:
+    """End an optimizer that was dropped. Who collects it may be one of its own threads, or hold any
+    lock: nothing is waited for here, and no lock is taken to start the thread that does wait.
+    """
+    _thread.start_new_thread(end, (roster, lanes, handles))

@@ -71,6 +71,10 @@ class Placement:
         share = 1.0 if self.strategy == "none" else DEVICE_SHARE
         return MemoryBudget(int(share * free) + held.device_bytes, host + held.host_bytes)
 
+    def held(self, subgroups: Sequence[Subgroup], homes: Sequence[Home]) -> MemoryBudget:
+        """Return the memory that state occupies."""
+        return memory_needs(subgroups, homes, self.options.staging_slots)
+
     def choose(
         self,
         subgroups: Sequence[Subgroup],
@@ -87,7 +91,7 @@ class Placement:
         Raises:
             MemoryShortage: State does not fit.
         """
-        held = memory_needs(present, homes_of_present, self.options.staging_slots)
+        held = self.held(present, homes_of_present)
         filled = [number for number, subgroup in enumerate(subgroups) if subgroup.elements]
         homes = [Home.RESIDENT] * len(subgroups)
         if not filled:

@@ -1,17 +1,19 @@
 """Who is served: parameters, their subgroups, their order of use and their names."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from interlace.kernels.update import warm_up
 from interlace.offload.forward import forward_order
 from interlace.offload.lanes import LaneError
 from interlace.offload.memory import HostSlabs
 from interlace.offload.schedule import Home, Subgroup
+from interlace.offload.step import OpenStep
 from interlace.offload.subgroup import Member, StateLayout, SubgroupState, cut, local
 
 
@@ -72,16 +74,33 @@ class Roster:
         return sorted([*self.subgroups, *fresh], key=first_use)
 
     def enter(self, fresh: Sequence[SubgroupState], homes: Sequence[Home]) -> None:
-        """Give new subgroups memory; `homes` are those of all, old ones included."""
-        self.subgroups = self.with_newcomers(fresh)
-        for index, (subgroup, home) in enumerate(zip(self.subgroups, homes, strict=True)):
-            subgroup.index = index
+        """Give new subgroups memory; `homes` are those of all, old ones included. Nothing has
+        changed if that fails.
+        """
+        together = self.with_newcomers(fresh)
+        for subgroup, home in zip(together, homes, strict=True):
             if subgroup in fresh:
                 rule, layout = self.layout.rule, self.layout
                 warm_up(rule, subgroup.weight_dtype, layout.moment_dtype, subgroup.splits)
-                subgroup.settle(home)
-                for member in subgroup.members:
-                    self.members[member.parameter] = (subgroup, member)
+                subgroup.begin(home)
+        self.subgroups = together
+        for index, subgroup in enumerate(together):
+            subgroup.index = index
+        for subgroup in fresh:
+            for member in subgroup.members:
+                self.members[member.parameter] = (subgroup, member)
+
+    def pending(self, parameters: Iterable[torch.Tensor]) -> list[Callable[[], None]]:
+        """Return how to wait for those new weights that are not there yet."""
+        waits: list[Callable[[], None]] = []
+        subgroups = {self.members[p][0]: None for p in parameters if p in self.members}
+        for subgroup in subgroups:
+            ticket = subgroup.weights_ready
+            if ticket is not None and not ticket.complete:
+                # FSDP2 gathers shards on streams of its own, which must not run ahead.
+                sharded = isinstance(subgroup.members[0].parameter, DTensor)
+                waits.append(ticket.wait if sharded else ticket.wait_on_stream)
+        return waits
 
     def gradients(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield every parameter whose gradient came and the gradient, once all of it is there."""
@@ -103,7 +122,9 @@ class Roster:
         for subgroup in self.subgroups:
             for ticket in (*subgroup.arriving, *subgroup.updating):
                 with suppress(LaneError):
-                    ticket.wait()
+                    ticket.wait_issued()
+                if ticket.ended is not None:
+                    ticket.ended.synchronize()
 
     def forget_work(self) -> None:
         """Forget what was under way; nothing is any more."""
@@ -112,11 +133,15 @@ class Roster:
             for member in subgroup.members:
                 member.arriving = None
 
-    def forget_gradients(self) -> None:
-        """Let the next gradient of every parameter be the first of a step."""
+    def next_step(self) -> OpenStep:
+        """Return a new step; the next gradient of every parameter is its first."""
         for _, member in self.members.values():
             member.arrivals = 0
             member.square = None
+            if member.arriving is not None and member.arriving.error is not None:
+                # A copy that failed once is no reason to fail for ever.
+                member.arriving = None
+        return OpenStep()
 
     def name_of(self, parameter: torch.Tensor, groups: Sequence[dict[str, Any]]) -> str:
         """Return a parameter's name in the model, or its number over all groups."""

@@ -49,6 +49,18 @@ class Health:
             raise LaneError(self.failure)
 
     @contextmanager
+    def uninterrupted(self) -> Generator[None]:
+        """Remember that not everything inside was done: some of a step is not the step."""
+        try:
+            yield
+        except BaseException as error:
+            self.failure = self.failure or (
+                f"step() was interrupted ({type(error).__name__}) and the state is half updated: "
+                "continue from a checkpoint"
+            )
+            raise
+
+    @contextmanager
     def watched(self) -> Generator[None]:
         """Remember that an update failed inside: nothing may build on its state."""
         try:
@@ -60,15 +72,12 @@ class Health:
             raise LaneError(self.failure) from error
 
 
-def late_gradient(name: str, overlap: str, declared: int) -> str:
+def late_gradient(name: str, declared: int) -> str:
     """Say what to do about a gradient whose update has begun without it."""
-    late = f"a gradient of {name} came after its update had begun: "
-    if overlap != "backward":
-        return f"{late}step() was interrupted; continue from a checkpoint"
     return (
-        f"{late}overlap='backward' starts it with gradient {declared} of a step; declare how many "
-        "there are with OffloadOptions(accumulation_steps=...), or use another overlap; continue "
-        "from a checkpoint"
+        f"a gradient of {name} came after its update had begun: overlap='backward' starts it with "
+        f"gradient {declared} of a step; declare how many there are with "
+        "OffloadOptions(accumulation_steps=...), or use another overlap; continue from a checkpoint"
     )
 
 
@@ -76,8 +85,7 @@ def undroppable(launched: int, subgroups: int) -> str:
     """Say why gradients can no longer be dropped."""
     return (
         f"the gradients of {launched} of {subgroups} subgroups cannot be dropped, their update has "
-        "begun: call step() to finish it, or load a checkpoint; overlap='forward' updates nothing "
-        "before step()"
+        "begun: call step() to finish it; overlap='forward' updates nothing before step()"
     )
 
 

@@ -183,7 +183,7 @@ class SubgroupState:
         for ticket in (*self.arriving, *self.updating):
             ticket.wait()
 
-    def settle(self, home: Home) -> None:
+    def begin(self, home: Home) -> None:
         """Create the state in its home: master from the weights, moments zero."""
         self.home = home
         for name, dtype in self.layout.slab_dtypes(self.weight_dtype, home).items():

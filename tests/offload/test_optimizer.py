@@ -418,7 +418,6 @@ def test_device_memory_is_given_back_when_it_is_short(
     optimizer.step()
     # The allocator reports that it ran out of memory once: at the next step state leaves.
     monkeypatch.setattr("interlace.offload.monitor.allocation_retries", lambda _: 1)
-    monkeypatch.setattr("interlace.offload.optimizer.available_device_bytes", lambda _: 20 * 4000)
     model(0.5).backward()
     optimizer.step()
     assert Home.RESIDENT not in set(optimizer.homes) or set(optimizer.homes) > {Home.RESIDENT}

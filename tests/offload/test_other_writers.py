@@ -114,6 +114,61 @@ def test_saving_loading_and_calling_a_part_wait_for_the_update(overlap: str) -> 
             nn.init.normal_(p, std=0.05)
 
 
+class Nested(nn.Module):
+    """Layers as lists of parts, which are called one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList([nn.Linear(40, 40), nn.Linear(40, 40)]) for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for first, second in self.layers:
+            x = x + second(torch.tanh(first(x)))
+        return x
+
+
+class Parts(nn.Module):
+    """A layer whose parts the model calls by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(40), nn.Linear(40, 40)
+
+
+class Unusual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Parts() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer.mix(layer.norm(x))
+        return x
+
+
+@pytest.mark.parametrize("kind", [Nested, Unusual])
+def test_layers_that_are_never_called_are_waited_for_too(kind: type[nn.Module]) -> None:
+    model = kind()
+    twin = copy.deepcopy(model)
+    optimizer = host(
+        model, overlap="forward", options=OffloadOptions(subgroup_elements=1, throttle=SLOW)
+    )
+    plain = torchs(twin)
+    inputs = torch.randn(4, 40)
+    for _ in range(3):
+        losses = []
+        for net, updater in ((model, optimizer), (twin, plain)):
+            updater.zero_grad()
+            loss = net(inputs).square().mean()
+            loss.backward()
+            updater.step()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses)
+    optimizer.close()
+
+
 def test_layers_of_a_bare_sequence_are_waited_for_one_by_one() -> None:
     from interlace.offload.forward import units
 

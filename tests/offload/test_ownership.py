@@ -9,16 +9,20 @@ from collections.abc import Iterator
 import pytest
 import torch
 from offload_cases import (
+    SIZES,
     Case,
     Toy,
+    assert_close,
     host,
     open_case,
+    pair,
+    torchs,
 )
 from torch import nn
 
 from interlace.offload import MemoryBudget, MemoryShortage, OffloadedOptimizer, OffloadOptions
 from interlace.offload.hardware import HardwareProfile
-from interlace.offload.lanes import LaneError
+from interlace.offload.lanes import LaneError, Throttle
 from interlace.offload.schedule import Home
 from interlace.offload.subgroup import SubgroupState
 
@@ -48,7 +52,7 @@ def test_a_second_optimizer_of_the_same_parameters_is_refused_until_the_first_is
 
 def test_nothing_is_left_of_optimizers_that_were_refused_or_dropped() -> None:
     gc.collect()
-    before = lane_threads()
+    before, pause = lane_threads(), threading.Event()
     for _ in range(3):
         with pytest.raises(MemoryShortage):
             OffloadedOptimizer(
@@ -59,15 +63,73 @@ def test_nothing_is_left_of_optimizers_that_were_refused_or_dropped() -> None:
         model(0.1).backward()
         optimizer.step()
         slab = weakref.ref(optimizer.subgroups[0].slabs["exp_avg"])
-        del optimizer, model
-        gc.collect()
+        # Nothing is in a cycle: it goes with its last name, also while its model lives.
+        gc.disable()
+        del optimizer
+        for _ in range(200):
+            if slab() is None:
+                break
+            pause.wait(0.02)
+        gc.enable()
         assert slab() is None
-    deadline = threading.Event()
+        assert not model.parts[0]._forward_pre_hooks
     for _ in range(100):
         if lane_threads() <= before:
             break
-        deadline.wait(0.05)
+        pause.wait(0.05)
     assert lane_threads() <= before
+
+
+def test_a_dropped_optimizer_finishes_what_it_began() -> None:
+    model, twin = pair()
+    plain = torchs(twin)
+    options = OffloadOptions(subgroup_elements=1, throttle=Throttle(cpu_bytes_per_second=2e5))
+
+    def train_once() -> None:
+        optimizer = host(model, overlap="forward", options=options)
+        model(0.1).backward()
+        optimizer.step()
+
+    train_once()
+    twin(0.1).backward()
+    plain.step()
+    # Another one is served as soon as nobody else is, and by then all is written.
+    gc.collect()
+    pause = threading.Event()
+    for _ in range(200):
+        if not model.parts[0]._forward_pre_hooks:
+            break
+        pause.wait(0.02)
+    assert_close(model, twin)
+
+
+def test_a_failed_update_is_not_swallowed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    import interlace.offload.executor as executor
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("the link is down")
+
+    for leave in ("state_dict", "close"):
+        model = Toy(torch.float32)
+        optimizer = host(model, overlap="forward")
+        model(0.1).backward()
+        with monkeypatch.context() as patch:
+            patch.setattr(executor, "upload_weights", fail)
+            optimizer.step()
+            with pytest.raises(LaneError, match="the link is down"):
+                (model.state_dict if leave == "state_dict" else optimizer.close)()
+        optimizer.close()
+
+
+def test_to_close_twice_takes_nothing_from_the_next_owner() -> None:
+    model = Toy(torch.float32)
+    first = host(model)
+    first.close()
+    second = host(model)
+    first.close()
+    with pytest.raises(ValueError, match="another OffloadedOptimizer serves"):
+        host(model)
+    second.close()
 
 
 def test_a_closed_optimizer_says_so_and_never_hangs() -> None:
@@ -238,13 +300,37 @@ def test_groups_added_later_are_weighed_against_what_is_free_beside_the_first(
     optimizer.close()
 
 
+def test_memory_that_cannot_be_had_leaves_the_optimizer_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from interlace.offload.memory import HostSlabs
+
+    model = Toy(torch.float32)
+    optimizer = host(model)
+    late = nn.Parameter(torch.zeros(5))
+
+    def refuse(*_: object) -> None:
+        raise MemoryShortage("the system refuses to pin")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostSlabs, "empty", refuse)
+        with pytest.raises(MemoryShortage, match="refuses to pin"):
+            optimizer.add_param_group({"params": [late]})
+        # Who is refused may try something else at once.
+        with pytest.raises(MemoryShortage):
+            OffloadedOptimizer([late], strategy="host")
+    assert len(optimizer.subgroups) == len(SIZES)
+    other = OffloadedOptimizer([late], strategy="host")
+    other.close()
+    optimizer.close()
+
+
 @pytest.mark.parametrize("strategy", ["none", "stride", "host", "optimal"])
 def test_a_shortage_that_nothing_can_mend_does_not_stop_the_run(
     strategy: str, profile: HardwareProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, optimizer = open_case(Case(strategy=strategy, subgroup_elements=200, stride=2), profile)
     monkeypatch.setattr("interlace.offload.monitor.allocation_retries", lambda _: 1)
-    monkeypatch.setattr("interlace.offload.optimizer.available_device_bytes", lambda _: 10**9)
     for step in range(3):
         model(0.1 * step).backward()
         optimizer.step()
