@@ -6,10 +6,10 @@ says how fast each goes; time in all states together is the time of the update, 
 work must get done. The device, the staging slots, the node's memory rate, device and host memory
 and the gradients that backward does not hide are rows of their own.
 
-The simulator meets the bound within five percent for several hundred equal subgroups and three
-slots. Two slots leave it up to seven percent above where host memory is the limit: a copy that
-waits for memory holds its slot meanwhile. With sizes that differ, copies wait for each other, and
-with few subgroups filling and draining the lanes counts; the bound knows neither.
+The simulator meets the bound within five percent for several hundred equal subgroups. It comes
+least close where host memory is the limit and there are two slots: a copy that waits for memory
+holds its slot meanwhile. With sizes that differ, copies wait for each other, and with few
+subgroups filling and draining the lanes counts; the bound knows neither.
 
 The slots' memory depends on the largest staged subgroup. Sizes are cut into intervals; one program
 per interval may stage what is no larger and pays for slots of its smallest size.

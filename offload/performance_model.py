@@ -75,7 +75,7 @@ MOST_TRIED = 1000
 MOST_SIZES = 3
 """Sizes of slots that are tried with slots that are not always filled."""
 
-FILLED_SLOTS = (0.8, 0.6)
+FILLED_SLOTS = (0.9, 0.7, 0.5)
 """Parts of the time for which slots may be taken to be filled."""
 
 WORTH_OF_HIDDEN = 1e-3
@@ -353,16 +353,17 @@ class Search:
 
 
 def polishing_moves(homes: Codes) -> Iterator[tuple[int, int, int | None]]:
-    """Yield a subgroup and its new home, or another with which it changes homes; last ones first:
-    they decide how an update ends.
+    """Yield a subgroup and its new home, or another with which it changes homes; those at both ends
+    first: they decide how lanes fill and drain.
     """
     count = len(homes)
-    for step in (1, 2):
-        for number in reversed(range(count)):
+    for place in range(count):
+        number = place // 2 if place % 2 else count - 1 - place // 2
+        for step in (1, 2):
             yield number, (int(homes[number]) + step) % 3, None
-    for gap in (1, 2, 3):
-        for number in reversed(range(count - gap)):
-            yield number, 0, number + gap
+        for other in (number + 1, number + 2, number + 3):
+            if other < count:
+                yield number, 0, other
 
 
 def unique(homes: Sequence[Codes]) -> list[Codes]:
