@@ -27,13 +27,12 @@ from interlace.offload.lanes import Throttle
 from interlace.offload.measure import known_profile
 from interlace.offload.memory import available_device_bytes, available_host_bytes
 from interlace.offload.optimizer import OffloadedOptimizer
-from interlace.offload.options import OffloadOptions, Strategy
-from interlace.offload.schedule import MemoryBudget, MemoryShortage
+from interlace.offload.options import OffloadOptions
+from interlace.offload.schedule import STRATEGIES, MemoryBudget, MemoryShortage, Strategy
 from interlace.trainer.config import load_recipe
 from interlace.trainer.models.language_model import LanguageModel
 from interlace.trainer.parallel import recompute_layers
 
-STRATEGIES: tuple[Strategy, ...] = ("none", "host", "stride", "optimal")
 GIGA = 1e9
 
 

@@ -98,9 +98,6 @@ class OffloadRates(BaseModel):
     attainable_flops_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of the peak matrix rate that training reaches while it computes."""
 
-    step_overhead_seconds: NonNegativeFloat = 0.0
-    """Time of a published system's iteration outside forward, backward and update."""
-
 
 class HardwareProfile(BaseModel):
     """One rank's share of a machine."""

@@ -29,7 +29,6 @@ from interlace.offload.monitor import Monitor
 from interlace.offload.options import (
     OffloadOptions,
     Overlap,
-    Strategy,
     check_arguments,
     check_parameter,
     device_of,
@@ -42,7 +41,7 @@ from interlace.offload.persistence import checked, load_state
 from interlace.offload.placement import Placement
 from interlace.offload.report import UpdateReport
 from interlace.offload.roster import Roster
-from interlace.offload.schedule import Home, MemoryBudget, Schedule
+from interlace.offload.schedule import Home, MemoryBudget, Schedule, Strategy
 from interlace.offload.step import (
     Health,
     NonFiniteGradient,

@@ -12,11 +12,10 @@ from torch.distributed.tensor import DTensor
 from interlace.kernels.update import UpdateRule
 from interlace.offload.cores import usable_cores
 from interlace.offload.lanes import Throttle
-from interlace.offload.schedule import NOTHING_HIDDEN, HiddenWindow, MemoryBudget
+from interlace.offload.schedule import NOTHING_HIDDEN, STRATEGIES, HiddenWindow, MemoryBudget
 from interlace.offload.subgroup import StateLayout, local
 
 Overlap = Literal["none", "forward", "backward"]
-Strategy = Literal["none", "host", "stride", "optimal"]
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -114,9 +113,8 @@ def check_arguments(
             f"budget={budget!r}: give MemoryBudget(device_bytes=..., host_bytes=...), or None for "
             "what is free"
         )
-    if strategy not in get_args(Strategy):
-        known = ", ".join(get_args(Strategy))
-        raise ValueError(f"strategy={strategy!r}: must be one of {known}")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r}: must be one of {', '.join(STRATEGIES)}")
     check_overlap(overlap, clip_norm, model)
 
 

@@ -59,7 +59,6 @@ __all__ = [
     "published_stride",
     "rates_of",
     "solve",
-    "with_simulated_time",
 ]
 
 PLAYED_SUBGROUPS = 20_000
@@ -450,10 +449,10 @@ def described(
     return Schedule(strategy, tuple(loads.subgroups), tuple(homes), loads.slots, prediction)
 
 
-def with_simulated_time(schedule: Schedule, rates: OffloadRates, window: HiddenWindow) -> Schedule:
-    """Return a schedule with the times that it takes on a machine with these rates."""
+def predict_homes(profile: HardwareProfile, schedule: Schedule, window: HiddenWindow) -> Schedule:
+    """Return a schedule with the times that its homes would take on another machine."""
     again = predicted(
-        rates,
+        rates_of(profile),
         schedule.strategy,
         schedule.subgroups,
         schedule.homes,
@@ -461,11 +460,6 @@ def with_simulated_time(schedule: Schedule, rates: OffloadRates, window: HiddenW
         window,
     )
     return replace(schedule, prediction=again.prediction)
-
-
-def predict_homes(profile: HardwareProfile, schedule: Schedule, window: HiddenWindow) -> Schedule:
-    """Return a schedule with the times that its homes would take on another machine."""
-    return with_simulated_time(schedule, rates_of(profile), window)
 
 
 def compare(

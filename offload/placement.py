@@ -17,9 +17,16 @@ from interlace.offload.memory import (
     available_host_bytes,
 )
 from interlace.offload.monitor import Monitor
-from interlace.offload.options import OffloadOptions, Strategy
+from interlace.offload.options import OffloadOptions
 from interlace.offload.performance_model import fixed_homes, predict_homes, rates_of, solve
-from interlace.offload.schedule import Home, MemoryBudget, MemoryShortage, Schedule, Subgroup
+from interlace.offload.schedule import (
+    Home,
+    MemoryBudget,
+    MemoryShortage,
+    Schedule,
+    Strategy,
+    Subgroup,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ from interlace.offload.performance_model import (
     fixed_homes,
     published_stride,
     solve,
-    with_simulated_time,
 )
 from interlace.offload.schedule import (
     Footprint,
@@ -308,9 +307,8 @@ def outcome_of(config: RunConfig, facts: Circumstances, strategy: str) -> Outcom
     overlap = overlap_of(config, strategy)
     budget = budget_of(config, facts, strategy)
     window = window_of(overlap, facts)
-    rates = facts.hardware.rates
     schedule, refusal = None, None
-    if rates is not None:
+    if facts.hardware.rates is not None:
         try:
             schedule = solve(
                 facts.hardware,
@@ -321,8 +319,6 @@ def outcome_of(config: RunConfig, facts: Circumstances, strategy: str) -> Outcom
                 stride=config.offload.stride,
                 staging_slots=config.offload.staging_slots,
             )
-            # The solver leaves the order of events, and what each costs, out of long schedules.
-            schedule = with_simulated_time(schedule, rates, window)
         except MemoryShortage as error:
             refusal = Shortage("does not fit its budgets", str(error))
     homes = schedule.homes if schedule else least_homes(config, facts, strategy, subgroups, budget)
