@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= $(BIN)/python
 SOURCES := kernels offload trainer launch benchmarks tests
 
-.PHONY: train test lint types bench gpu clean
+.PHONY: train test test-long lint types bench gpu clean
 
 train: $(VENV)/installed
 	$(BIN)/interlace train quickstart
 
 test: lint types
 	$(BIN)/pytest
+
+# What make test runs in fewer ways: about five minutes more.
+test-long: $(VENV)/installed-dev
+	$(BIN)/pytest -m long
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check $(SOURCES)

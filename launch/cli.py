@@ -238,10 +238,10 @@ def guarded(action: Callable[[], int]) -> int:
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end the process with its status."""
     status = main(arguments)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Everything is saved and closed. Communication threads that outlive the groups they served
-        # can
-        # abort a rank while the interpreter shuts down, and a finished run would count as failed.
+    if "torch" in sys.modules:
+        # Everything is saved and closed. Native threads of libraries (gloo's, the data readers')
+        # that are still there can abort the process while the interpreter shuts down, and a run
+        # that finished, or was refused in words, would count as crashed.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -28,6 +28,9 @@ WAYS = {
     "optimal, overlap none": ("offload.strategy=optimal", "offload.overlap=none", *SMALL),
 }
 
+OFTEN = {("host", "unclipped"), ("optimal", "clipped"), ("optimal", "unclipped")}
+"""What `make test` runs; the rest is for `make test-long`."""
+
 Interlace = Callable[..., Any]
 
 
@@ -49,8 +52,16 @@ def resident(
     return train
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("settings", [(), ("optimizer.clip=0",)], ids=["clipped", "unclipped"])
+@pytest.mark.parametrize(
+    ("way", "settings"),
+    [
+        pytest.param(
+            way, clip, id=f"{way}, {name}", marks=() if (way, name) in OFTEN else pytest.mark.long
+        )
+        for way in WAYS
+        for name, clip in (("clipped", ()), ("unclipped", ("optimizer.clip=0",)))
+    ],
+)
 def test_on_two_ranks_every_strategy_has_the_losses_of_the_resident_run(
     way: str,
     settings: tuple[str, ...],
@@ -75,10 +86,10 @@ def test_on_two_ranks_every_strategy_has_the_losses_of_the_resident_run(
     "form",
     [
         (),
-        ("offload.split_master=true",),
-        ("offload.moments=bfloat16",),
+        pytest.param(("offload.split_master=true",), marks=pytest.mark.long),
+        pytest.param(("offload.moments=bfloat16",), marks=pytest.mark.long),
         ("train.microbatch_rows=1",),
-        ("optimizer.rule=sgd", "optimizer.peak_lr=0.01"),
+        pytest.param(("optimizer.rule=sgd", "optimizer.peak_lr=0.01"), marks=pytest.mark.long),
     ],
     ids=["plain", "split", "bf16 moments", "accumulated", "sgd"],
 )
