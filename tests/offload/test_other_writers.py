@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from offload_cases import (
     pair,
     torchs,
 )
+from ranks import run_on_ranks
 from torch import nn
 
 from interlace.kernels.update import AdamW
@@ -298,18 +296,7 @@ if rank == 0:
 
 
 def test_every_way_to_shard_a_model_waits_for_the_right_weights(tmp_path: Path) -> None:
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    done = run_on_ranks(SHARDED, tmp_path)
     found = [line for line in done.stdout.splitlines() if line.startswith("WORST")]
     assert found, done.stdout + done.stderr
     worst = json.loads(found[0].removeprefix("WORST"))

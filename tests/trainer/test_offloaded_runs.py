@@ -2,9 +2,6 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from digests import live_digest, stored_digest
+from ranks import run_on_ranks
 
 from interlace.offload.hardware import load_profile
 from interlace.offload.measure import cache_path, keep
@@ -260,16 +258,5 @@ print("RANK", rank, "AGREES")
 
 
 def test_ddp_averages_its_gradients_before_they_are_used(tmp_path: Path) -> None:
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    done = run_on_ranks(DDP, tmp_path)
     assert done.stdout.count("AGREES") == 2, done.stdout + done.stderr
