@@ -19,7 +19,7 @@ from interlace.offload.hardware import host_memory_bytes
 from interlace.offload.schedule import MemoryShortage
 
 HOST_SHARE = 0.9
-"""Share of the available host memory that is used when no budget is given."""
+"""Share of the host memory that there is which state may occupy when no budget is given."""
 
 
 def available_host_bytes() -> int:

@@ -351,7 +351,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 "came; scale the loss by its inverse no more, or use another overlap"
             )
         self._health.check()
-        self._take_remaining()
         self._begin()
         factor = gradient_scale * self._clip_factor(gradient_scale)
         with self.monitor.waiting(), self._health.uninterrupted():

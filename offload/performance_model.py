@@ -51,7 +51,6 @@ from interlace.offload.whole_subgroups import (
 
 __all__ = [
     "STRATEGIES",
-    "compare",
     "fill_device",
     "fixed_homes",
     "lower_bound",
@@ -460,30 +459,3 @@ def predict_homes(profile: HardwareProfile, schedule: Schedule, window: HiddenWi
         window,
     )
     return replace(schedule, prediction=again.prediction)
-
-
-def compare(
-    profile: HardwareProfile,
-    subgroups: Sequence[Subgroup],
-    memory: MemoryBudget,
-    hidden_window: HiddenWindow = NOTHING_HIDDEN,
-    *,
-    stride: int | None = None,
-    staging_slots: int | None = 2,
-) -> dict[str, Schedule | MemoryShortage]:
-    """Return every strategy's schedule, or why it does not fit."""
-    outcome: dict[str, Schedule | MemoryShortage] = {}
-    for strategy in STRATEGIES:
-        try:
-            outcome[strategy] = solve(
-                profile,
-                subgroups,
-                memory,
-                hidden_window,
-                strategy=strategy,
-                stride=stride,
-                staging_slots=staging_slots,
-            )
-        except MemoryShortage as error:
-            outcome[strategy] = error
-    return outcome

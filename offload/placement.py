@@ -169,8 +169,7 @@ class Placement:
         """Return homes that occupy so much less of the device; the present ones where no others
         fit, or where the strategy leaves no choice.
         """
-        slots = self.options.staging_slots
-        held = memory_needs(subgroups, homes, slots)
+        held = self.held(subgroups, homes)
         before, self.budget = (
             self.budget,
             MemoryBudget(max(0, held.device_bytes - device_bytes), self.allowed(held).host_bytes),
@@ -183,6 +182,6 @@ class Placement:
                 "device memory is short, and strategy %s cannot give any back", self.strategy
             )
             return homes
-        freed = held.device_bytes - memory_needs(subgroups, chosen, slots).device_bytes
+        freed = held.device_bytes - self.held(subgroups, chosen).device_bytes
         logger.info("device memory is short: %s bytes of state leave it", f"{freed:,}")
         return chosen

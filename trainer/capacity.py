@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from interlace.offload.hardware import HardwareProfile
+from interlace.offload.memory import HOST_SHARE
 from interlace.offload.schedule import Home, Subgroup
 from interlace.trainer.observe.units import human_bytes
 
 GIB = 2**30
 DEVICE_RESERVE = 0.06
 """Share of device memory that nobody plans with: fragments, workspaces, the context."""
-
-HOST_SHARE = 0.9
-"""Share of a host's memory that state may occupy."""
 
 
 class DeviceMemory(BaseModel):

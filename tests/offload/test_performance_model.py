@@ -13,13 +13,13 @@ from interlace.kernels.update import SGD, AdamW
 from interlace.offload.fit import fits, memory_needs
 from interlace.offload.hardware import HardwareProfile, OffloadRates, load_profile
 from interlace.offload.performance_model import (
-    compare,
     fixed_homes,
     lower_bound,
     published_stride,
     solve,
 )
 from interlace.offload.schedule import (
+    STRATEGIES,
     Footprint,
     HiddenWindow,
     Home,
@@ -39,6 +39,31 @@ H100 = load_profile("4xh100-pcie5")
 
 def equal_subgroups(parameters: float, footprint: Footprint = USUAL) -> list[Subgroup]:
     return [Subgroup(10**8, footprint)] * round(parameters / 1e8)
+
+
+def compare(
+    profile: HardwareProfile,
+    subgroups: list[Subgroup],
+    memory: MemoryBudget,
+    *,
+    stride: int | None = None,
+    staging_slots: int | None = 2,
+) -> dict[str, Schedule | MemoryShortage]:
+    """Return every strategy's schedule, or why it does not fit."""
+    outcome: dict[str, Schedule | MemoryShortage] = {}
+    for strategy in STRATEGIES:
+        try:
+            outcome[strategy] = solve(
+                profile,
+                subgroups,
+                memory,
+                strategy=strategy,
+                stride=stride,
+                staging_slots=staging_slots,
+            )
+        except MemoryShortage as error:
+            outcome[strategy] = error
+    return outcome
 
 
 @st.composite
