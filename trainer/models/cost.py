@@ -56,16 +56,24 @@ def flops_per_token(config: ModelSection, vocabulary_size: int, sequence_length:
 
 
 def activation_bytes(config: ModelSection, vocabulary_size: int, forward: ForwardPass) -> int:
-    """Return the peak of activations in one pass, in bytes: what is kept, and, with recomputation,
-    the one layer that is being recomputed.
+    """Return the peak of activations in one pass, in bytes: what is kept, and whichever is more of
+    one chunk of logits, at the end of forward, and of the one layer that is being recomputed.
     """
-    kept = kept_bytes(config, vocabulary_size, forward)
-    if forward.checkpointing == "none":
-        return kept
-    return kept + forward.tokens * layer_bytes(config, forward)
+    passing = logits_bytes(vocabulary_size, forward)
+    if forward.checkpointing != "none":
+        passing = max(passing, forward.tokens * layer_bytes(config, forward))
+    return kept_bytes(config, forward) + passing
 
 
-def kept_bytes(config: ModelSection, vocabulary_size: int, forward: ForwardPass) -> int:
+def logits_bytes(vocabulary_size: int, forward: ForwardPass) -> int:
+    """Return the logits that exist at once, in bytes: of one chunk, in the compute dtype and in
+    fp32. They are gone when forward is over.
+    """
+    rows = min(forward.tokens, tokens_per_chunk(vocabulary_size))
+    return rows * vocabulary_size * (forward.bytes_per_element + 4)
+
+
+def kept_bytes(config: ModelSection, forward: ForwardPass) -> int:
     """Return what stays in memory between forward and backward of one pass, in bytes."""
     element = forward.bytes_per_element
     match forward.checkpointing:
@@ -76,9 +84,10 @@ def kept_bytes(config: ModelSection, vocabulary_size: int, forward: ForwardPass)
         case "selective":
             layer = config.width * element + product_bytes(config, forward)
     rotary = 2 * head_width(config) * element
-    per_token = config.layers * layer + norm_bytes(config, element) + rotary
-    logits = 4 * vocabulary_size * min(forward.tokens, tokens_per_chunk(vocabulary_size))
-    return forward.tokens * per_token + logits
+    # The head's gradient of its input is computed in the forward pass.
+    head = config.width * element
+    per_token = config.layers * layer + norm_bytes(config, element) + rotary + head
+    return forward.tokens * per_token
 
 
 def layer_bytes(config: ModelSection, forward: ForwardPass) -> int:

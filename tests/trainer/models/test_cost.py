@@ -10,9 +10,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from interlace.kernels.cross_entropy import DEFAULT_CHUNK_BYTES
+from interlace.kernels.cross_entropy import DEFAULT_CHUNK_BYTES, linear_cross_entropy
 from interlace.trainer.config.schema import ModelSection
-from interlace.trainer.models.cost import ForwardPass, activation_bytes, kept_bytes, layer_bytes
+from interlace.trainer.models.cost import (
+    ForwardPass,
+    activation_bytes,
+    kept_bytes,
+    layer_bytes,
+    logits_bytes,
+)
 from interlace.trainer.models.language_model import LanguageModel
 from interlace.trainer.parallel import recompute_layers
 
@@ -44,8 +50,20 @@ class LiveTensors(TorchDispatchMode):
         return result
 
     def bytes(self) -> int:
-        gc.collect()
         return sum(size for reference, size in self.noted.values() if not reference.expired())
+
+
+class PeakMemory(LiveTensors):
+    """Notes the most that was alive after any operation."""
+
+    peak = 0
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        result = super().__torch_dispatch__(operation, types, args, kwargs)
+        self.peak = max(self.peak, self.bytes())
+        return result
 
 
 def alive_bytes(model: LanguageModel, rows: int) -> int:
@@ -54,6 +72,7 @@ def alive_bytes(model: LanguageModel, rows: int) -> int:
     positions = torch.arange(LENGTH).expand(rows, -1)
     with LiveTensors() as tensors:
         loss = model(tokens, tokens, segments=documents, positions=positions)
+    gc.collect()
     alive = tensors.bytes()
     assert loss.objective.requires_grad
     return alive
@@ -76,7 +95,7 @@ def test_kept_bytes_are_those_that_stay_alive(
         bytes_per_element=dtype.itemsize,
         checkpointing=checkpointing,
     )
-    assert kept_bytes(SHAPES[name], VOCABULARY, forward) == pytest.approx(measured, rel=0.02)
+    assert kept_bytes(SHAPES[name], forward) == pytest.approx(measured, rel=0.02)
 
 
 def test_recomputation_adds_one_layer_at_a_time() -> None:
@@ -84,16 +103,27 @@ def test_recomputation_adds_one_layer_at_a_time() -> None:
         forward = ForwardPass(
             tokens=LENGTH, sequence_length=LENGTH, bytes_per_element=2, checkpointing=checkpointing
         )
-        kept = kept_bytes(SHAPES["plain"], VOCABULARY, forward)
-        peak = activation_bytes(SHAPES["plain"], VOCABULARY, forward)
-        assert peak - kept == layers * LENGTH * layer_bytes(SHAPES["plain"], forward)
+        kept = kept_bytes(SHAPES["plain"], forward)
+        peak = activation_bytes(SHAPES["plain"], 1, forward)
+        logits = logits_bytes(1, forward)
+        layer = LENGTH * layer_bytes(SHAPES["plain"], forward)
+        assert peak - kept == max(logits, layers * layer)
+        # Logits of many words outweigh the layer; both are never there at once.
+        many = activation_bytes(SHAPES["plain"], 10_000, forward)
+        assert many - kept == logits_bytes(10_000, forward) > layer
 
 
-def test_logits_never_count_for_more_than_one_chunk() -> None:
-    vocabulary, tokens = 50_000, 100_000
+@pytest.mark.parametrize("tokens", [40, 200])
+def test_logits_bytes_are_those_that_the_head_makes(tokens: int) -> None:
+    vocabulary, width = 200_000, 1
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=generator).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=generator)
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    with PeakMemory() as memory:
+        linear_cross_entropy(hidden, weight, targets)
     forward = ForwardPass(
-        tokens=tokens, sequence_length=1000, bytes_per_element=2, checkpointing="none"
+        tokens=tokens, sequence_length=tokens, bytes_per_element=4, checkpointing="none"
     )
-    small = kept_bytes(SHAPES["plain"], 1, forward) - 4 * tokens
-    logits = kept_bytes(SHAPES["plain"], vocabulary, forward) - small
-    assert DEFAULT_CHUNK_BYTES - 4 * vocabulary < logits <= DEFAULT_CHUNK_BYTES
+    assert logits_bytes(vocabulary, forward) == pytest.approx(memory.peak, rel=0.02)
+    assert logits_bytes(vocabulary, forward) <= 2 * DEFAULT_CHUNK_BYTES
