@@ -4,18 +4,22 @@ On a CPU the compiled one-pass kernels run, on a GPU the Triton kernels; float64
 plain formula. All of them do the same arithmetic in the same order.
 """
 
+import importlib
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
+from interlace.kernels.triton_language import require_triton
 from interlace.kernels.update.rules import UpdateRule
 from interlace.kernels.update.slab import Slab, Step, rounding_keys
 
 FLOATS = (torch.float32, torch.bfloat16)
 
 SQUARED_AT_ONCE = 2**24
-"""Elements that are widened to float64 together on a device."""
+"""Elements that are widened to float64 together where there is no kernel."""
 
 
 def update(
@@ -37,9 +41,7 @@ def update(
     elif slab.master.device.type == "cpu":
         update_on_cpu(rule, part, step, step.first_element + start)
     else:
-        from interlace.kernels.update.gpu import update_on_gpu
-
-        update_on_gpu(rule, part, step, step.first_element + start)
+        gpu_kernels().update_on_gpu(rule, part, step, step.first_element + start)
 
 
 def check(rule: UpdateRule, slab: Slab) -> None:
@@ -116,9 +118,16 @@ def as_array(tensor: torch.Tensor) -> Any:
     return (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
+@cache
+def gpu_kernels() -> ModuleType:
+    """Return the module of Triton kernels, or raise `ImportError` that says what to install."""
+    require_triton("Updating on a GPU")
+    return importlib.import_module("interlace.kernels.update.gpu")
+
+
 def accumulate(total: torch.Tensor, values: torch.Tensor) -> None:
     """Add values to totals in place: 1-D, equally long; float32 totals, and on a CPU with the GIL
-    free and on the calling thread alone.
+    free and on the calling thread alone. On a GPU torch widens bfloat16 in the same pass.
     """
     if total.device.type == "cpu" and total.dtype is torch.float32 and values.dtype in FLOATS:
         from interlace.kernels.update.cpu import add
@@ -131,12 +140,15 @@ def accumulate(total: torch.Tensor, values: torch.Tensor) -> None:
 def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of squares of a 1-D tensor, 0-d float64, on its device.
 
-    On a CPU it does not depend on thread counts or memory alignment. Infinities and NaN carry over.
+    It depends on nothing but the values, not on thread counts or memory alignment; CPU and GPU
+    add in different orders. Infinities and NaN carry over.
     """
     if tensor.device.type == "cpu" and tensor.dtype in FLOATS:
         from interlace.kernels.update.cpu import squares
 
         return torch.tensor(squares(as_array(tensor)), dtype=torch.float64, device="cpu")
+    if tensor.is_cuda:
+        return gpu_kernels().sum_of_squares_on_gpu(tensor)
     # In pieces: in float64 a long gradient would take eight bytes per element, twice over.
     pieces = [piece.double().square().sum() for piece in tensor.split(SQUARED_AT_ONCE)]
     return torch.stack(pieces).sum()

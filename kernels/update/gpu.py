@@ -1,4 +1,4 @@
-"""One-pass updates on a GPU (Triton): the arithmetic of `cpu.py`, in the same order.
+"""One-pass updates and sums on a GPU (Triton): the arithmetic of `cpu.py`, in the same order.
 
 Multiplications and additions are not contracted and division and square root are correctly
 rounded, so that a subgroup's numbers do not depend on where it is updated. Without a GPU the
@@ -6,7 +6,7 @@ kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), which the tests use.
 """
 
 # Triton compiles these functions from their source; pyright cannot follow its language.
-# pyright: basic
+# pyright: basic, reportArgumentType=false
 
 import torch
 import triton
@@ -16,6 +16,9 @@ from interlace.kernels.update.rules import UpdateRule
 from interlace.kernels.update.slab import Slab, Step, rounding_keys
 
 BLOCK = 1024
+
+TURNS = 16
+"""Blocks that one program of `squares` adds up."""
 
 PLAIN = ["count", "position", "key1", "key2"]
 """Arguments that change from call to call: a kernel of its own for multiples of 16, or for 1, would
@@ -125,7 +128,34 @@ def sgd(
         store_nearest(weight + at, w, mask)
 
 
+@triton.jit(do_not_specialize=["count"])
+def squares(values, partial, count, block: tl.constexpr, turns: tl.constexpr):
+    """Sum the squares of one stretch, in float64."""
+    start = tl.program_id(0).to(tl.int64) * (block * turns)
+    total = tl.zeros([block], tl.float64)
+    for turn in range(turns):
+        at = start + turn * block + tl.arange(0, block)
+        x = tl.load(values + at, mask=at < count, other=0.0)
+        # By way of float32, which also Triton's interpreter widens bfloat16 to.
+        wide = (x if x.dtype == tl.float64 else x.to(tl.float32)).to(tl.float64)
+        total += wide * wide
+    tl.store(partial + tl.program_id(0), tl.sum(total, 0))
+
+
 KERNELS = {"adamw": adamw, "sgd": sgd}
+
+
+def sum_of_squares_on_gpu(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squares, 0-d float64, on the current stream; every element is read once.
+
+    What is added to what depends on the length only.
+    """
+    programs = triton.cdiv(values.numel(), BLOCK * TURNS)
+    partial = torch.empty(programs, dtype=torch.float64, device=values.device)
+    if programs:
+        with torch.cuda.device_of(values):
+            squares[(programs,)](values, partial, values.numel(), block=BLOCK, turns=TURNS)
+    return partial.sum()
 
 
 def update_on_gpu(rule: UpdateRule, slab: Slab, step: Step, position: int) -> None:

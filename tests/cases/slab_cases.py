@@ -1,5 +1,7 @@
 """Slabs of every form, and copies of them."""
 
+from collections.abc import Callable
+
 import torch
 
 from interlace.kernels.update import SGD, AdamW, Slab, Step, UpdateRule, split_master
@@ -51,6 +53,34 @@ def copy_of(slab: Slab, device: str = "cpu") -> Slab:
         copy(slab.weight),
         copy(slab.remainder),
     )
+
+
+def padded(slab: Slab, device: str = "cpu", margin: int = 40) -> tuple[Slab, Callable[[], bool]]:
+    """Return a copy of a slab with poisoned memory on both sides of every tensor, and whether that
+    is still as it was.
+    """
+    around: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        poison = torch.nan if tensor.is_floating_point() else -12345
+        memory = torch.full((len(tensor) + 2 * margin,), poison, dtype=tensor.dtype, device=device)
+        memory[margin:-margin] = tensor
+        around.append((memory, memory.clone()))
+        return memory[margin:-margin]
+
+    def intact() -> bool:
+        return all(
+            torch.equal(now[side].view(torch.uint8), before[side].view(torch.uint8))
+            for now, before in around
+            for side in (slice(margin), slice(-margin, None))
+        )
+
+    parts = [copy(part) for part in (slab.gradient, slab.master, *slab.moments)]
+    gradient, master, *moments = (part for part in parts if part is not None)
+    copied = Slab(gradient, master, tuple(moments), copy(slab.weight), copy(slab.remainder))
+    return copied, intact
 
 
 def same_bits(one: Slab, other: Slab) -> bool:

@@ -1,0 +1,105 @@
+"""The GPU's update kernels in Triton's interpreter: the CPU's bits, the CPU's bytes, and nothing
+touched beside them.
+"""
+
+import pytest
+import torch
+from interpreter_cases import counted_bytes, shuffled_programs
+from slab_cases import FORMS, RULES, a_step, copy_of, make_slab, padded, same_bits
+
+from interlace.kernels.update import Slab, UpdateRule, sum_of_squares, update
+from interlace.offload.schedule import Footprint
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="tests/gpu runs the kernels themselves"
+)
+EACH_RULE = pytest.mark.parametrize("rule", RULES, ids=["adamw", "sgd", "nesterov"])
+EACH_FORM = pytest.mark.parametrize("form", FORMS)
+
+
+def update_by_triton(rule: UpdateRule, slab: Slab, number: int = 3) -> None:
+    from interlace.kernels.update.gpu import update_on_gpu
+
+    step = a_step(rule, number)
+    update_on_gpu(rule, slab, step, step.first_element)
+
+
+@EACH_RULE
+@EACH_FORM
+def test_the_bits_are_the_cpu_s(rule: UpdateRule, form: str) -> None:
+    for elements in (1, 1023, 1024, 2500):
+        ours = make_slab(form, rule, elements)
+        theirs = copy_of(ours)
+        update(rule, ours, a_step(rule))
+        update_by_triton(rule, theirs)
+        assert same_bits(ours, theirs)
+
+
+@EACH_RULE
+@EACH_FORM
+def test_the_order_of_programs_and_what_lies_beside_the_slab_do_not_matter(
+    rule: UpdateRule, form: str
+) -> None:
+    ours = make_slab(form, rule, 3 * 1024 + 17)
+    theirs, intact = padded(ours)
+    update(rule, ours, a_step(rule))
+    with shuffled_programs(seed=1):
+        update_by_triton(rule, theirs)
+    assert same_bits(ours, theirs)
+    assert intact()
+
+
+@EACH_RULE
+@EACH_FORM
+def test_every_byte_moves_once_as_on_the_cpu(rule: UpdateRule, form: str) -> None:
+    elements = 1500
+    slab = make_slab(form, rule, elements)
+    size = {
+        "gradient": slab.gradient.element_size(),
+        "state": slab.master.element_size()
+        + sum(moment.element_size() for moment in slab.moments)
+        + (0 if slab.remainder is None else slab.remainder.element_size()),
+        "weight": 0 if slab.weight is None else slab.weight.element_size(),
+    }
+    footprint = Footprint(**size, weight_is_master=slab.weight is None)
+    with counted_bytes() as memory:
+        update_by_triton(rule, slab)
+    assert memory.loaded == elements * (size["gradient"] + size["state"])
+    assert memory.stored == elements * (size["state"] + size["weight"])
+    assert memory.loaded + memory.stored == elements * footprint.host_update
+    assert footprint.device_update == footprint.host_update
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("elements", [1, 1000, 16 * 1024, 40_001])
+def test_sums_of_squares_read_every_element_once(elements: int, dtype: torch.dtype) -> None:
+    from interlace.kernels.update.gpu import sum_of_squares_on_gpu
+
+    generator = torch.Generator().manual_seed(elements)
+    values = torch.randn(elements + 6, generator=generator).to(dtype)
+    values[:3] = values[-3:] = torch.nan
+    with counted_bytes() as memory, shuffled_programs(seed=2):
+        found = sum_of_squares_on_gpu(values[3:-3])
+    expected = values[3:-3].double().square().sum()
+    assert found.dtype == torch.float64 and found.shape == ()
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0.0)
+    torch.testing.assert_close(found, sum_of_squares(values[3:-3]), rtol=1e-13, atol=0.0)
+    assert memory.loaded == elements * dtype.itemsize
+    assert memory.stored == 8 * -(-elements // (16 * 1024))
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_sums_of_squares_carry_over_what_is_not_finite(bad: float) -> None:
+    from interlace.kernels.update.gpu import sum_of_squares_on_gpu
+
+    for dtype in (torch.float32, torch.bfloat16):
+        values = torch.ones(20_000, dtype=dtype)
+        values[17_777] = bad
+        assert not bool(torch.isfinite(sum_of_squares_on_gpu(values)))
+
+
+def test_the_sum_of_squares_of_nothing_is_zero() -> None:
+    from interlace.kernels.update.gpu import sum_of_squares_on_gpu
+
+    assert float(sum_of_squares_on_gpu(torch.empty(0))) == 0.0
