@@ -7,15 +7,25 @@ if __name__ != "interlace.kernels":
     )
 
 from interlace.kernels.attention.api import attention
+from interlace.kernels.conv1d.api import causal_conv1d, causal_conv1d_step
 from interlace.kernels.cross_entropy import HeadLoss, linear_cross_entropy
-from interlace.kernels.rms_norm import rms_norm
+from interlace.kernels.rms_norm import add_rms_norm, gated_rms_norm, rms_norm
 from interlace.kernels.rotary import apply_rotary, rotary_tables
+from interlace.kernels.swiglu import swiglu
+from interlace.kernels.ssd.api import ssd
+from interlace.kernels.ssd.step import ssd_step
 
 __all__ = [
     "HeadLoss",
+    "add_rms_norm",
     "apply_rotary",
     "attention",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "gated_rms_norm",
     "linear_cross_entropy",
     "rms_norm",
     "rotary_tables",
+    "ssd",
+    "ssd_step",
 ]

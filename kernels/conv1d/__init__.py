@@ -1,0 +1,1 @@
+"""Causal depthwise convolution over packed documents, with a state for streaming."""
