@@ -11,9 +11,9 @@ from interlace.kernels.conv1d.api import causal_conv1d, causal_conv1d_step
 from interlace.kernels.cross_entropy import HeadLoss, linear_cross_entropy
 from interlace.kernels.rms_norm import add_rms_norm, gated_rms_norm, rms_norm
 from interlace.kernels.rotary import apply_rotary, rotary_tables
-from interlace.kernels.swiglu import swiglu
 from interlace.kernels.ssd.api import ssd
 from interlace.kernels.ssd.step import ssd_step
+from interlace.kernels.swiglu import swiglu
 
 __all__ = [
     "HeadLoss",
@@ -28,4 +28,5 @@ __all__ = [
     "rotary_tables",
     "ssd",
     "ssd_step",
+    "swiglu",
 ]

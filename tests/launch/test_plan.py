@@ -74,11 +74,11 @@ def test_what_cannot_run_is_said_first_and_the_page_stays_readable(
 ) -> None:
     page = page_of("gpt_20b_offload", "--hardware", "4xa100-pcie4", "train.microbatch_rows=16")
     assert page.splitlines()[2] == (
-        "DOES NOT FIT  offload.strategy=optimal: needs 67.6 GiB of device memory (38.2 GiB "
-        "weights, 29.4 GiB activations), and there are 37.6 GiB per rank, reserves left out; type "
+        "DOES NOT FIT  offload.strategy=optimal: needs 66.5 GiB of device memory (38.2 GiB "
+        "weights, 28.3 GiB activations), and there are 37.6 GiB per rank, reserves left out; type "
         "more ranks that share the weights (plan --ranks N)"
     )
-    assert "> optimal   forward  needs 67.6 GiB device, has 37.6" in page
+    assert "> optimal   forward  needs 66.5 GiB device, has 37.6" in page
     assert "Memory of one rank" in page
 
 
@@ -123,10 +123,10 @@ def test_a_budget_beyond_the_machine_is_refused_in_words(
 def test_reasons_in_a_table_are_short(plan_of: PlanOf, tmp_path: Path) -> None:
     card = card_of_24_gb(tmp_path)
     plan = plan_of("gpt_20b_offload", "--hardware", card, "--sweep", "gpus=1..4")
-    reason = "needs 41.8 GiB device, has 22.6; 305.3 GiB host, has 57.6"
+    reason = "needs 41.7 GiB device, has 22.6; 305.3 GiB host, has 57.6"
     assert chosen(plan)["shortage"] == plan["scaling"][0]["problem"] == reason
     shortages = [forecast["shortage"] for forecast in plan["offload"]["forecasts"]]
-    assert shortages[0] == "needs 308.9 GiB device, has 22.6"
+    assert shortages[0] == "needs 308.8 GiB device, has 22.6"
     assert max(map(len, shortages)) <= 70
 
 

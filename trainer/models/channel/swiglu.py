@@ -2,8 +2,8 @@
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from interlace.kernels import swiglu
 from interlace.trainer.config.schema import ModelSection
 from interlace.trainer.models.context import BlockContext
 from interlace.trainer.models.initial import matrix_value, residual_matrix_value
@@ -25,7 +25,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor, context: BlockContext) -> torch.Tensor:
         """Map (B, T, D) to (B, T, D), each position alone."""
-        return self.down(functional.silu(self.gate(x)) * self.up(x))
+        return self.down(swiglu(self.gate(x), self.up(x)))
 
     def new_cache(self, batch: int, length: int, like: torch.Tensor) -> None:
         """Nothing is remembered between positions."""
@@ -57,6 +57,6 @@ class SwiGLU(nn.Module):
 
     @classmethod
     def saved_elements(cls, config: ModelSection, sequence_length: int) -> SavedElements:
-        """Results of gate and up, silu and the product."""
+        """Results of gate and up, and their gated product."""
         hidden = ffn_width(config)
-        return SavedElements(kept=4 * hidden, products=2 * hidden + config.width)
+        return SavedElements(kept=3 * hidden, products=2 * hidden + config.width)
