@@ -44,8 +44,8 @@ class GatedProduct(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Compute the product."""
         ctx.save_for_backward(gate, up)
-        # Types are promoted inside the product; a cast of `up` would be a copy.
-        return (functional.silu(widened(gate)) * up).to(gate.dtype)
+        # In place; types are promoted inside the product, a cast of `up` would be a copy.
+        return functional.silu(widened(gate)).mul_(up).to(gate.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,19 +53,15 @@ class GatedProduct(torch.autograd.Function):
         (gradient,) = grad_outputs
         gate, up = ctx.saved_tensors
         wide, of_product = widened(gate), widened(gradient)
-        of_gate = silu_gradient(of_product * up, wide)
-        of_up = of_product * functional.silu(wide)
+        # With create_graph=True, and only then, gradients are recorded here.
+        if torch.is_grad_enabled():
+            share = torch.sigmoid(wide)
+            of_gate = of_product * up * share * (1.0 + wide * (1.0 - share))
+            of_up = of_product * wide * share
+        else:
+            of_gate = torch.ops.aten.silu_backward(of_product * up, wide)
+            of_up = functional.silu(wide).mul_(of_product)
         return of_gate.to(gate.dtype), of_up.to(up.dtype)
-
-
-def silu_gradient(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of `silu(x)`: in one operation, or, with `create_graph=True`, in those
-    that can be differentiated again.
-    """
-    if not torch.is_grad_enabled():
-        return torch.ops.aten.silu_backward(gradient, x)
-    share = torch.sigmoid(x)
-    return gradient * share * (1.0 + x * (1.0 - share))
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
