@@ -6,7 +6,7 @@ if __name__ != "interlace.kernels":
         "projects"
     )
 
-from interlace.kernels.attention.api import attention
+from interlace.kernels.attention.api import attention, explain_attention
 from interlace.kernels.conv1d.api import causal_conv1d, causal_conv1d_step
 from interlace.kernels.cross_entropy import HeadLoss, linear_cross_entropy
 from interlace.kernels.rms_norm import add_rms_norm, gated_rms_norm, rms_norm
@@ -22,6 +22,7 @@ __all__ = [
     "attention",
     "causal_conv1d",
     "causal_conv1d_step",
+    "explain_attention",
     "gated_rms_norm",
     "linear_cross_entropy",
     "rms_norm",

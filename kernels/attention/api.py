@@ -1,147 +1,176 @@
-"""The one attention call of the project: checks its inputs, builds the mask if one is needed,
-picks a back end.
+"""The one attention call of the project: checks, describes, picks a back end, and runs it."""
 
-A fused back end has a first derivative only. Asked for a second one it raises and names the
-remedy; a gradient is never detached silently.
-"""
-
-import math
-from typing import Literal
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
-from interlace.kernels.attention import reference, sdpa
+from interlace.kernels.attention.checks import check
+from interlace.kernels.attention.dilation import dilated
+from interlace.kernels.attention.options import Both, Options, describe
+from interlace.kernels.attention.request import request_of
+from interlace.kernels.attention.router import choose
 
-Backend = Literal["auto", "reference", "sdpa"]
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+class Choices(TypedDict, total=False):
+    """The options that `attention` and `explain_attention` share; `attention` documents them."""
+
+    causal: bool | None
+    window: int | tuple[int, int] | None
+    segment_ids: Both | None
+    cu_seqlens: Both | None
+    block_mask: Any
+    dilation: int
+    softcap: float | None
+    alibi_slopes: torch.Tensor | None
+    sinks: torch.Tensor | None
+    scale: float | None
 
 
+@overload
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    causal: bool = True,
-    segments: torch.Tensor | None = None,
+    return_lse: Literal[False] = False,
+    order: int = 1,
+    backend: str = "auto",
+    **options: Unpack[Choices],
+) -> torch.Tensor: ...
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    return_lse: Literal[True],
+    order: int = 1,
+    backend: str = "auto",
+    **options: Unpack[Choices],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool | None = None,
+    window: int | tuple[int, int] | None = None,
+    segment_ids: Both | None = None,
+    cu_seqlens: Both | None = None,
+    block_mask: Any = None,
+    dilation: int = 1,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     scale: float | None = None,
-    backend: Backend = "auto",
-) -> torch.Tensor:
-    """Scaled dot-product attention with grouped key heads, causal and document masks.
+    return_lse: bool = False,
+    order: int = 1,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention, with every mask and every derivative the project needs.
+
+    Query `i` of T is aligned with key `i + S - T` of S: the last query with the last key, as in
+    decoding. Scores are `scale * q . k`; then comes the soft cap, then ALiBi, then the mask. A pair
+    is seen only if every given option allows it. A query that sees no key gets zeros, and a
+    log-sum-exp of minus infinity.
 
     Args:
         q: (B, H, T, K), fp64, fp32, bf16 or fp16.
         k: (B, G, S, K), G divides H: each key head serves H / G query heads.
         v: (B, G, S, K).
-        causal: A position sees itself and what came before. With T < S the queries are the last T
-            of the S positions, as in decoding.
-        segments: (B, S) integers: a position sees only positions of an equal segment. The queries'
-            segments are the last T.
-        scale: Factor on the scores; 1 / sqrt(K) by default.
-        backend: `sdpa` (torch's fused kernels, differentiable once), `reference` (plain, any
-            order), or `auto`, which takes `sdpa`.
+        causal: A query sees no key after the one it is aligned with. By default true, unless
+            there is a `block_mask`, which then says it all.
+        window: A query sees the last `window` keys up to the aligned one, itself included (and as
+            many after it, if not causal); or a pair (keys before, keys after), -1 for all, as
+            flash-attn takes it. With a dilation, counted in its steps.
+        segment_ids: (B, S) integers: a position sees only positions of an equal segment; the
+            queries' are the last T. Or a pair, (B, T) for queries and (B, S) for keys.
+        cu_seqlens: (documents + 1,) integers, from 0 to the length: where packed documents begin,
+            the same in every row. Or a pair, for queries and for keys; then the last query of each
+            document is aligned with the last key of it.
+        block_mask: A `torch.nn.attention.flex_attention.BlockMask`; blocks it hides cost nothing.
+        dilation: A query sees only every `dilation`-th key, counted from the aligned one.
+        softcap: Scores become `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118).
+        alibi_slopes: (H,) floats: minus slope times distance is added to the scores (ALiBi,
+            arXiv 2108.12409). Constants: no gradient.
+        sinks: (H,) floats: one more logit in each head's softmax that has no value (attention
+            sinks, arXiv 2309.17453, in the form of gpt-oss). Differentiable.
+        scale: Factor on the products; 1 / sqrt(K) by default.
+        return_lse: Return the log-sum-exp of the logits too, sinks included.
+        order: How often the result will be differentiated; 1 admits kernels that have only the
+            first derivative.
+        backend: `auto`, or the name of one (`explain_attention` names and explains them). The
+            environment variable INTERLACE_ATTENTION decides where this says `auto`.
 
     Returns:
-        (B, H, T, K) in the dtype of `q`.
+        (B, H, T, K) in the dtype of `q`; with `return_lse` also (B, H, T) in fp32 (fp64 for fp64).
+        Both are differentiable.
 
     Raises:
-        ValueError: Shapes, dtypes or devices do not agree, or the back end is unknown.
-        RuntimeError: In backward, where a second derivative was asked of a back end that has only
-            the first; use `backend="reference"`.
+        ValueError: Shapes, dtypes, devices or options do not fit, the back end is unknown, or the
+            one that is named cannot serve the call.
+        RuntimeError: In backward, where more derivatives are asked of a back end than it has.
+
+    References: FlashAttention-2 (arXiv 2307.08691).
     """
-    if backend not in ("auto", "reference", "sdpa"):
-        raise ValueError(f"backend={backend!r}: must be 'auto', 'reference' or 'sdpa'")
-    check_inputs(q, k, v)
-    check_segments(k, segments)
-    length, total = q.shape[2], k.shape[2]
-    factor = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
-    # The fused kernels' own causal path needs no mask, but aligns queries and keys at the start.
-    fused_causal = backend != "reference" and causal and segments is None and length == total
-    mask = None if fused_causal else allowed(length, total, causal, segments, q.device)
-    if backend == "reference":
-        return reference.attention(q, k, v, mask, factor)
-    return FirstOrder.guard(sdpa.attention(q, k, v, mask, factor, causal=fused_causal))
+    options = Options(
+        causal=causal,
+        window=window,
+        segment_ids=segment_ids,
+        cu_seqlens=cu_seqlens,
+        block_mask=block_mask,
+        dilation=dilation,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        scale=scale,
+        return_lse=return_lse,
+    )
+    return attend_as(q, k, v, options, order, backend)
 
 
-class FirstOrder(torch.autograd.Function):
-    """Identity whose backward refuses to be recorded: a fused kernel has no second derivative."""
-
-    @staticmethod
-    def guard(output: torch.Tensor) -> torch.Tensor:
-        """Mark the output of a first-order back end."""
-        marked = FirstOrder.apply(output)
-        assert isinstance(marked, torch.Tensor)
-        return marked
-
-    @staticmethod
-    def forward(output: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] - torch declares the form with ctx only
-        """Return the output as it is."""
-        return output.view_as(output)
-
-    @staticmethod
-    def setup_context(ctx: object, inputs: tuple[object, ...], output: object) -> None:
-        """Nothing is saved; torch.func transforms insist on this method."""
-
-    @staticmethod
-    def backward(ctx: object, *grad_outputs: torch.Tensor) -> torch.Tensor:
-        """Pass the gradient on, unless it shall be differentiated (grad mode is on in here)."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "attention: a second derivative was asked for (create_graph=True), but the sdpa "
-                'back end has only the first; call attention(..., backend="reference")'
-            )
-        return grad_outputs[0]
+def attend_as(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, order: int, backend: str
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Compute what `attention` was asked for."""
+    check(q, k, v, options)
+    chosen = choose(request_of(q, k, v, options, order), backend).backend
+    if options.dilation == 1:
+        out, lse = chosen.run(q, k, v, describe(q, k, options))
+    else:
+        moved, scoring, undo = dilated(q, k, v, options)
+        out, lse = chosen.run(*moved, scoring)
+        out = out.index_select(2, undo)
+        lse = None if lse is None else lse.index_select(2, undo)
+    if options.sinks is not None:
+        assert lse is not None
+        out, lse = with_sinks(out, lse, options.sinks)
+    if not options.return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
-def allowed(
-    length: int, total: int, causal: bool, segments: torch.Tensor | None, device: torch.device
-) -> torch.Tensor | None:
-    """Return the mask of allowed pairs, broadcastable to (B, H, T, S), or None where all are
-    allowed.
-    """
-    mask = None
-    # A single query is the last position, which sees everything.
-    if causal and length > 1:
-        queries = torch.arange(total - length, total, device=device)
-        mask = queries[:, None] >= torch.arange(total, device=device)[None, :]
-    if segments is not None:
-        same = segments[:, total - length :, None] == segments[:, None, :]
-        mask = same.unsqueeze(1) if mask is None else same.unsqueeze(1) & mask
-    return mask
+def with_sinks(
+    out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add one logit per head to a softmax that is already done: it only takes weight away."""
+    extra = sinks.to(lse.dtype)[:, None]
+    kept = torch.sigmoid(lse - extra).unsqueeze(-1)
+    return (out * kept).to(out.dtype), torch.logaddexp(lse, extra)
 
 
-def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raise `ValueError` where shapes, dtypes or devices of queries, keys and values do not
-    agree.
-    """
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"attention takes q (B, H, T, K), k and v (B, G, S, K); got {shapes}")
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"attention: batch, length or head width do not agree: {shapes}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: query heads must be a multiple of key heads: {shapes}")
-    if q.shape[2] > k.shape[2]:
-        raise ValueError(f"attention: there are more queries than keys: {shapes}")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
-        raise ValueError(
-            "attention: one dtype of float64, float32, bfloat16, float16 is needed; got "
-            f"{q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    if not q.device == k.device == v.device:
-        raise ValueError(f"attention: one device is needed; got {q.device}, {k.device}, {v.device}")
-
-
-def check_segments(k: torch.Tensor, segments: torch.Tensor | None) -> None:
-    """Raise `ValueError` where the segments do not fit the keys."""
-    if segments is None:
-        return
-    expected = [k.shape[0], k.shape[2]]
-    if list(segments.shape) != expected:
-        raise ValueError(
-            f"attention: segments must be (B, S) = {expected}; got {list(segments.shape)}"
-        )
-    if segments.is_floating_point() or segments.is_complex():
-        raise ValueError(f"attention: segments must be integers; got {segments.dtype}")
-    if segments.device != k.device:
-        raise ValueError(f"attention: segments are on {segments.device}, keys on {k.device}")
+def explain_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    return_lse: bool = False,
+    order: int = 1,
+    backend: str = "auto",
+    **options: Unpack[Choices],
+) -> str:
+    """Return in words which back end `attention` would choose for the same arguments, and why."""
+    asked = Options(return_lse=return_lse, **options)
+    check(q, k, v, asked)
+    return choose(request_of(q, k, v, asked, order), backend).explain()

@@ -1,55 +1,23 @@
-"""The back ends of attention: what each can do, how often it can be differentiated, how it is run."""
+"""The back ends of attention: what each can do, and how often its result can be differentiated."""
 
-import importlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
+from interlace.kernels.attention import reference, sdpa
 from interlace.kernels.attention.differentiation import attend
-from interlace.kernels.attention.options import Options
+from interlace.kernels.attention.first_order import first_order_only
+from interlace.kernels.attention.request import Request
 from interlace.kernels.attention.scoring import Scoring
 from interlace.kernels.triton_language import why_no_triton
 
 Order = Literal[1, 2, "any"]
-Output = tuple[torch.Tensor, torch.Tensor | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What decides which back end can serve a call, and which is fastest.
-
-    Attributes:
-        device: Type of the device: `cpu`, `cuda`, ...
-        architecture: `cpu`, or a GPU's compute capability as in `sm90`.
-        dtype: Of queries, keys and values.
-        head_width: K.
-        heads: H, query heads.
-        groups: G, key heads.
-        queries: T.
-        keys: S.
-        mask: The widest kind of mask there is.
-        extras: Whatever else was asked for: `softcap`, `alibi`, `lse` (also for sinks).
-        order: How often the result will be differentiated.
-        needs_grad: Whether it will be differentiated at all.
-        deterministic: Whether equal inputs must give equal bits.
-    """
-
-    device: str
-    architecture: str
-    dtype: torch.dtype
-    head_width: int
-    heads: int
-    groups: int
-    queries: int
-    keys: int
-    mask: Literal["none", "causal", "window", "packed", "block_sparse"]
-    extras: frozenset[str]
-    order: int
-    needs_grad: bool
-    deterministic: bool
+Run = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Scoring], tuple[torch.Tensor, torch.Tensor | None]
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +26,94 @@ class Backend:
 
     Attributes:
         name: As users write it.
+        what: What it is, in a few words.
         order: How often its result can be differentiated.
         obstacle: Says why it cannot serve a request, or None.
-        run: Returns the output, and the log-sum-exp where it has one.
+        run: Computes the output, and the log-sum-exp where it has one.
     """
 
     name: str
+    what: str
     order: Order
     obstacle: Callable[[Request], str | None]
-    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scoring], Output]
+    run: Run
+
+    def why_not(self, request: Request) -> str | None:
+        """Return why the back end cannot serve a request, or None."""
+        if self.order != "any" and request.order > self.order:
+            return (
+                f"it has derivatives up to order {self.order}, and order {request.order} is asked"
+            )
+        return self.obstacle(request)
+
+
+def nothing(request: Request) -> None:
+    """No request is an obstacle."""
+
+
+def triton_obstacle(request: Request) -> str | None:
+    """Return why the Triton kernels cannot serve a request, or None."""
+    missing = why_no_triton()
+    if missing is not None:
+        return missing
+    if request.head_width > 256:
+        return f"its tiles hold heads up to 256 wide, these are {request.head_width}"
+    interpreted = triton_is_interpreted()
+    if request.device == "cuda" and request.dtype is torch.float64 and not interpreted:
+        return "its GPU kernels take fp32, fp16 and bf16"
+    if request.device != "cuda" and not interpreted:
+        return (
+            f"it needs a GPU, and the tensors are on {request.device} (TRITON_INTERPRET=1, set "
+            "before Python starts, runs it in Triton's slow interpreter, for tests)"
+        )
+    return None
+
+
+def triton_is_interpreted() -> bool:
+    """Return whether Triton kernels run in the interpreter; Triton must be there."""
+    from interlace.kernels.attention.triton.tuning import INTERPRETED
+
+    return INTERPRETED
+
+
+def run_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scoring: Scoring
+) -> tuple[torch.Tensor, None]:
+    """Call torch's kernels, guarded."""
+    return first_order_only(sdpa.attention(q, k, v, scoring)[0], "sdpa"), None
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            name="reference",
+            what="the formula in plain torch, quadratic memory",
+            order="any",
+            obstacle=nothing,
+            run=reference.attention,
+        ),
+        Backend(
+            name="chunked",
+            what="slices of queries in plain torch, linear memory",
+            order="any",
+            obstacle=nothing,
+            run=partial(attend, backend="chunked"),
+        ),
+        Backend(
+            name="sdpa",
+            what="torch's scaled_dot_product_attention",
+            order=1,
+            obstacle=sdpa.obstacle,
+            run=run_sdpa,
+        ),
+        Backend(
+            name="triton",
+            what="our tiled GPU kernels, linear memory, deterministic",
+            order=2,
+            obstacle=triton_obstacle,
+            run=partial(attend, backend="triton"),
+        ),
+    )
+}
+"""Name to back end."""

@@ -1,4 +1,6 @@
-"""What `attention` refuses, each with a message that names the argument, its value and the remedy."""
+"""What `attention` refuses; each message names the argument, its value and what would do."""
+
+from itertools import pairwise
 
 import torch
 
@@ -47,7 +49,7 @@ def check_window(options: Options) -> None:
     if window is None:
         return
     sizes = window if isinstance(window, tuple) else (window,)
-    whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
+    whole = all(type(size) is int for size in sizes)
     least = -1 if isinstance(window, tuple) else 1
     if not whole or len(sizes) > 2 or not sizes or min(sizes) < least or window == (-1,):
         raise ValueError(
@@ -131,10 +133,11 @@ def check_boundaries(ids: torch.Tensor, length: int, k: torch.Tensor) -> None:
     check_integers("cu_seqlens", ids, k)
     if ids.device.type == "cpu":
         values = ids.tolist()
-        rising = all(a <= b for a, b in zip(values, values[1:], strict=False))
+        rising = all(a <= b for a, b in pairwise(values))
         if values[0] != 0 or not rising or values[-1] > length:
             raise ValueError(
-                f"attention: cu_seqlens must rise from 0 to at most the length {length}; got {values}"
+                f"attention: cu_seqlens must rise from 0 to at most the length {length}; got "
+                f"{values}"
             )
 
 
@@ -154,7 +157,7 @@ def check_heads(q: torch.Tensor, name: str, values: torch.Tensor | None) -> None
 def check_dilation(q: torch.Tensor, k: torch.Tensor, options: Options) -> None:
     """Raise where a dilation is no step, or meets an option it does not go with."""
     step = options.dilation
-    if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+    if type(step) is not int or step < 1:
         raise ValueError(f"attention: dilation={step!r}: must be a whole number, at least 1")
     if step == 1:
         return
@@ -188,8 +191,8 @@ def check_block_mask(q: torch.Tensor, k: torch.Tensor, block_mask: object) -> No
         )
     if counts.shape[0] not in (1, q.shape[0]) or counts.shape[1] not in (1, q.shape[1]):
         raise ValueError(
-            f"attention: the block_mask is for batch {counts.shape[0]} and {counts.shape[1]} heads; "
-            f"got {q.shape[0]} and {q.shape[1]}"
+            f"attention: the block_mask is for batch {counts.shape[0]} and {counts.shape[1]} "
+            f"heads; got {q.shape[0]} and {q.shape[1]}"
         )
     if counts.device != q.device:
         raise ValueError(f"attention: the block_mask is on {counts.device}, queries on {q.device}")

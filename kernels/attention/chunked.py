@@ -45,7 +45,11 @@ def backward(
     delta = deltas(out, grad_out, grad_lse, k)
     grad_q, grad_k, grad_v = (torch.zeros_like(each) for each in (queries, keys, values))
     for part in slices(queries, keys, scoring):
-        of_rows, of_columns, gradient = part.rows(queries), part.columns(keys), part.rows(cotangents)
+        of_rows, of_columns, gradient = (
+            part.rows(queries),
+            part.columns(keys),
+            part.rows(cotangents),
+        )
         logits, slope, _ = bend(part, of_rows, of_columns, scoring)
         weights = (logits - part.rows(total)).exp()
         score = weights * (gradient @ part.columns(values).mT - part.rows(delta))
@@ -104,13 +108,17 @@ def double_backward(
     """
     del grad_q
     queries, keys, values = by_rows(q, k), by_columns(k), by_columns(v)
-    outputs, total = by_rows(out, k), finite(row_numbers(lse, k))
+    total = finite(row_numbers(lse, k))
     cotangents, delta = by_rows(grad_out, k), deltas(out, grad_out, grad_lse, k)
     moves = by_rows(along_q, k), by_columns(along_k), by_columns(along_v)
     second_q, second_k, second_v = (torch.zeros_like(each) for each in (queries, keys, values))
     along_out, along_lse = torch.zeros_like(queries), torch.zeros_like(total)
     for part in slices(queries, keys, scoring):
-        of_rows, of_columns, gradient = part.rows(queries), part.columns(keys), part.rows(cotangents)
+        of_rows, of_columns, gradient = (
+            part.rows(queries),
+            part.columns(keys),
+            part.rows(cotangents),
+        )
         logits, slope, bow = bend(part, of_rows, of_columns, scoring)
         weights = (logits - part.rows(total)).exp()
         plain = moved_scores(part, queries, keys, moves, scoring)

@@ -117,7 +117,7 @@ class AttendBackward(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """Forward over reverse: the second derivative is symmetric, so the same kernels serve."""
         saved = ctx.saved_tensors
-        q, k, v, out, lse, grad_out, grad_lse, _ = saved
+        q, k, v, out, lse, grad_out, *_ = saved
         along = filled(tangents[:3], saved[:3])
         results = list(twice(saved, along, ctx.scoring, ctx.backend)[:3])
         if tangents[5] is not None or tangents[6] is not None:

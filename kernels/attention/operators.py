@@ -1,8 +1,8 @@
 """Attention's forward and backward as registered operators.
 
-Compilers trace over an operator as one node, with fake tensors for shapes, and policies of selective
-recomputation see it by name. Traced code has the first derivative only, which is all that
-`torch.compile` supports; eager code goes through `differentiation`.
+Compilers trace over an operator as one node, with fake tensors for shapes, and policies of
+selective recomputation see it by name. Traced code has the first derivative only, which is all
+that `torch.compile` supports; eager code goes through `differentiation`.
 """
 
 import importlib

@@ -49,14 +49,18 @@ def describe(q: torch.Tensor, k: torch.Tensor, options: Options) -> Scoring:
     """Return the scoring of checked options; dilation and sinks are not part of it."""
     queries, keys = q.shape[2], k.shape[2]
     left, right = options.reach(queries + keys)
-    kinds, pairs = (None, None) if options.block_mask is None else read_block_mask(options.block_mask)
+    kinds, pairs = (
+        (None, None) if options.block_mask is None else read_block_mask(options.block_mask)
+    )
     slopes = options.alibi_slopes
     scoring = Scoring(
         scale=1.0 / math.sqrt(q.shape[3]) if options.scale is None else float(options.scale),
         left=left,
         right=right,
         softcap=options.softcap or 0.0,
-        slopes=None if slopes is None else slopes.detach().to(torch.promote_types(q.dtype, torch.float32)),
+        slopes=None
+        if slopes is None
+        else slopes.detach().to(torch.promote_types(q.dtype, torch.float32)),
         kinds=kinds,
         pairs=pairs,
     )
@@ -69,9 +73,7 @@ def describe(q: torch.Tensor, k: torch.Tensor, options: Options) -> Scoring:
     return scoring
 
 
-def in_segments(
-    scoring: Scoring, of_queries: torch.Tensor, of_keys: torch.Tensor
-) -> Scoring:
+def in_segments(scoring: Scoring, of_queries: torch.Tensor, of_keys: torch.Tensor) -> Scoring:
     """Keep pairs of equal segments, given per query (B, T) and per key (B, S).
 
     Segments may come back later in a row: ids are compared pair by pair, inside the range from a
@@ -108,9 +110,7 @@ def in_documents(scoring: Scoring, q: torch.Tensor, k: torch.Tensor, cu_seqlens:
     return in_ranges(scoring, first.expand(batch, -1), last.expand(batch, -1), k.shape[2])
 
 
-def in_ranges(
-    scoring: Scoring, first: torch.Tensor, last: torch.Tensor, keys: int
-) -> Scoring:
+def in_ranges(scoring: Scoring, first: torch.Tensor, last: torch.Tensor, keys: int) -> Scoring:
     """Cut causal order and window down to ranges of keys, (B, T) each."""
     queries = first.shape[1]
     aligned = torch.arange(keys - queries, keys, device=first.device)

@@ -85,9 +85,7 @@ def query_ranges(
     return start, torch.searchsorted(floor, positions, right=True, out_int32=True)
 
 
-def visible(
-    scoring: Scoring, queries: int, keys: int, device: torch.device
-) -> torch.Tensor | None:
+def visible(scoring: Scoring, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
     """Return all pairs that are seen as one mask, broadcastable to (B, H, T, S); None if that is
     every pair.
     """

@@ -1,7 +1,7 @@
 """Which keys each slice of queries can see: the order of work of the chunked back end.
 
-Nothing is computed for pairs outside of a slice: keys outside of all its queries' ranges, and blocks
-that a block-sparse mask hides, cost nothing.
+Nothing is computed for pairs outside of a slice: keys outside of all its queries' ranges, and
+blocks that a block-sparse mask hides, cost nothing.
 """
 
 from collections.abc import Iterator
@@ -141,7 +141,9 @@ def cut(
         dense = dense[:, :, : queries.stop - queries.start, : len(positions)]
         seen = seen & dense.unflatten(1, (-1, 1 if dense.shape[1] == 1 else q.shape[2]))
     mask = None if bool(seen.all()) else seen
-    return Slice(batch, heads, queries, keys, mask, bias(q, k, scoring, batch, heads, queries, positions))
+    return Slice(
+        batch, heads, queries, keys, mask, bias(q, k, scoring, batch, heads, queries, positions)
+    )
 
 
 def bias(

@@ -24,8 +24,8 @@ def test_fused_attention_in_bfloat16_is_near_the_fp64_reference(documents: bool)
     ]
     numbers = torch.arange(256, device="cuda") // 50
     segments = numbers.expand(2, -1) if documents else None
-    exact = attention(*tensors, segments=segments, backend="reference")
-    fused = attention(*(t.bfloat16() for t in tensors), segments=segments, backend="sdpa")
+    exact = attention(*tensors, segment_ids=segments, backend="reference")
+    fused = attention(*(t.bfloat16() for t in tensors), segment_ids=segments, backend="sdpa")
     torch.testing.assert_close(fused.double(), exact, rtol=2e-2, atol=2e-2)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from interlace.kernels import attention
-from interlace.kernels.attention.api import DTYPES
+from interlace.kernels.attention.backends import BACKENDS
+from interlace.kernels.attention.options import DTYPES
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
@@ -44,10 +45,9 @@ WRONG_TENSORS = {
         "attention: query heads must be a multiple of key heads: "
         "q [2, 4, 3, 8], k [2, 0, 5, 8], v [2, 0, 5, 8]",
     ),
-    "more queries than keys": (
-        (zeros(2, 4, 6, 8), K, K),
-        "attention: there are more queries than keys: "
-        "q [2, 4, 6, 8], k [2, 2, 5, 8], v [2, 2, 5, 8]",
+    "no queries": (
+        (zeros(2, 4, 0, 8), K, K),
+        "attention: there is nothing to attend to: q [2, 4, 0, 8], k [2, 2, 5, 8], v [2, 2, 5, 8]",
     ),
     "mixed dtypes": (
         (Q.double(), K, K),
@@ -68,12 +68,12 @@ WRONG_TENSORS = {
 WRONG_SEGMENTS = {
     "the queries' length": (
         zeros(2, 3, dtype=torch.int64),
-        "attention: segments must be (B, S) = [2, 5]; got [2, 3]",
+        "attention: segment_ids must have shape [2, 5]; got [2, 3]",
     ),
-    "floats": (zeros(2, 5), "attention: segments must be integers; got torch.float32"),
+    "floats": (zeros(2, 5), "attention: segment_ids must be integers; got torch.float32"),
     "another device": (
         zeros(2, 5, dtype=torch.int64, device="meta"),
-        "attention: segments are on meta, keys on cpu",
+        "attention: segment_ids are on meta, keys on cpu",
     ),
 }
 
@@ -92,14 +92,16 @@ def test_tensors_that_do_not_agree_are_named(name: str, backend: str) -> None:
 def test_segments_that_do_not_fit_are_named(name: str, backend: str) -> None:
     segments, message = WRONG_SEGMENTS[name]
     with pytest.raises(ValueError) as caught:
-        attention(Q, K, K, segments=segments, backend=backend)  # type: ignore[arg-type]
+        attention(Q, K, K, segment_ids=segments, backend=backend)  # type: ignore[arg-type]
     assert str(caught.value) == message
 
 
 def test_an_unknown_back_end_is_named() -> None:
     with pytest.raises(ValueError) as caught:
         attention(Q, K, K, backend="flash")  # type: ignore[arg-type]
-    assert str(caught.value) == "backend='flash': must be 'auto', 'reference' or 'sdpa'"
+    assert str(caught.value) == (
+        "attention: backend='flash': must be one of auto, " + ", ".join(BACKENDS)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,7 +133,7 @@ def test_short_queries_are_the_last_rows_of_the_whole(backend: str, documents: b
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 7, 4, generator=generator) for _ in range(3))
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1]]) if documents else None
-    whole = attention(q, k, v, segments=segments)
+    whole = attention(q, k, v, segment_ids=segments)
     for length in (1, 2, 6):
-        part = attention(q[:, :, -length:], k, v, segments=segments, backend=backend)  # type: ignore[arg-type]
+        part = attention(q[:, :, -length:], k, v, segment_ids=segments, backend=backend)  # type: ignore[arg-type]
         torch.testing.assert_close(part, whole[:, :, -length:])

@@ -17,7 +17,7 @@ from interlace.kernels import (
 )
 from interlace.kernels.attention.reference import attention as reference_attention
 
-REMEDY = r'call attention\(\.\.\., backend="reference"\)'
+REMEDY = r"call attention\(\.\.\., order=2\)"
 
 
 def leaf(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -37,7 +37,7 @@ def test_the_reference_has_a_third_derivative(documents: bool) -> None:
     segments = torch.tensor([[0, 0, 1]]) if documents else None
 
     def gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = attention(q, k, v, segments=segments, backend="reference")
+        out = attention(q, k, v, segment_ids=segments, backend="reference")
         return torch.autograd.grad(out.square().sum(), q, create_graph=True)[0]
 
     assert torch.autograd.gradgradcheck(gradient, (q, k, v))
@@ -83,7 +83,7 @@ def test_no_path_of_the_fused_back_end_loses_a_second_derivative(
     segments = torch.tensor([[0, 0, 1, 1]]) if documents else None
     for wanted in (q, k):
         with pytest.raises(RuntimeError, match=REMEDY):
-            out = attention(q, k, k, segments=segments, backend="sdpa")
+            out = attention(q, k, k, segment_ids=segments, backend="sdpa")
             torch.autograd.grad(out.square().sum(), wanted, create_graph=True)
 
 
@@ -114,14 +114,14 @@ def test_a_mask_is_built_only_where_one_is_needed(
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", note)
     segments = torch.tensor([[0, 0, 0, 1, 1, 1]]) if documents else None
-    attention(leaf(1, 2, length, 4), leaf(1, 2, 6, 4), leaf(1, 2, 6, 4), segments=segments)
+    attention(leaf(1, 2, length, 4), leaf(1, 2, 6, 4), leaf(1, 2, 6, 4), segment_ids=segments)
     assert seen == [masked]
 
 
 def test_segments_that_are_no_integers_are_named() -> None:
     q = leaf(1, 2, 4, 4)
-    with pytest.raises(ValueError, match=r"segments must be integers; got torch\.float32"):
-        attention(q, q, q, segments=torch.zeros(1, 4))
+    with pytest.raises(ValueError, match=r"segment_ids must be integers; got torch\.float32"):
+        attention(q, q, q, segment_ids=torch.zeros(1, 4))
 
 
 def test_a_dtype_without_kernels_is_named() -> None:

@@ -5,13 +5,14 @@ The price of that is computing the scores twice: 7 products of tiles instead of 
 """
 
 # Triton compiles these functions from their source; pyright cannot follow its language.
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false, reportArgumentType=false
 
 import triton
 import triton.language as tl
 
 from interlace.kernels.attention.triton.tiles import (
     bend,
+    column_walk,
     key_range,
     keys_of,
     load_aligned,
@@ -21,10 +22,11 @@ from interlace.kernels.attention.triton.tiles import (
     load_slope,
     operand,
     pairs_seen,
+    pairs_seen_by_keys,
     product,
     queries_of,
+    query_range,
     row_walk,
-    column_walk,
     store_numbers,
     store_rows,
 )
@@ -65,9 +67,8 @@ def backward_rows_kernel(
             weights = tl.exp2(logits - level[:, None])
             if stage != 1:
                 pairs = pairs_seen(
-                    seen, sizes, blocks, batch, rows[:, None], columns[None, :],
-                    first[:, None], last[:, None], kind, how,
-                )  # fmt: skip
+                    seen, sizes, blocks, batch, rows, columns, first, last, kind, how
+                )
                 weights = tl.where(pairs, weights, 0.0)
             scores = weights * (product(gradient, tl.trans(values), how) - offset[:, None])
             if how.SOFTCAP:
@@ -92,12 +93,13 @@ def backward_columns_kernel(
     columns = tl.program_id(0) * how.COLUMNS + tl.arange(0, how.COLUMNS)
     keys = load_rows(k, k_strides, batch, key_head, columns, sizes.keys, how)
     values = load_rows(v, v_strides, batch, key_head, columns, sizes.keys, how)
+    above, below = query_range(seen, sizes, batch, columns)
     sums_k = tl.zeros([how.COLUMNS, how.PADDED], lse.dtype.element_ty)
     sums_v = tl.zeros([how.COLUMNS, how.PADDED], lse.dtype.element_ty)
     for member in tl.range(0, sizes.ratio):
         head = key_head * sizes.ratio + member
         slope = load_slope(seen, head, how)
-        walk = column_walk(seen, sizes, blocks, batch, head, columns, how)
+        walk = column_walk(seen, sizes, blocks, batch, head, columns, above, below, how)
         for stage in tl.static_range(3):
             for step in tl.range(walk[stage], walk[stage + 1]):
                 rows, kind = queries_of(blocks, batch, head, columns, step, how)
@@ -112,11 +114,9 @@ def backward_columns_kernel(
                 logits, bent = bend(products, aligned, columns[:, None], slope, sizes, how)
                 weights = tl.exp2(logits - level[None, :])
                 if stage != 1:
-                    first, last = key_range(seen, sizes, batch, rows)
-                    pairs = pairs_seen(
-                        seen, sizes, blocks, batch, rows[None, :], columns[:, None],
-                        first[None, :], last[None, :], kind, how,
-                    )  # fmt: skip
+                    pairs = pairs_seen_by_keys(
+                        seen, sizes, blocks, batch, rows, columns, above, below, kind, how
+                    )
                     weights = tl.where(pairs, weights, 0.0)
                 sums_v += product(operand(weights, grad_out, how), gradient, how)
                 scores = weights * (product(values, tl.trans(gradient), how) - offset[None, :])

@@ -19,7 +19,7 @@ factor h on their way, and T the term dS R h' / h.
 """
 
 # Triton compiles these functions from their source; pyright cannot follow its language.
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false, reportArgumentType=false
 
 import triton
 import triton.language as tl
@@ -36,8 +36,10 @@ from interlace.kernels.attention.triton.tiles import (
     load_slope,
     operand,
     pairs_seen,
+    pairs_seen_by_keys,
     product,
     queries_of,
+    query_range,
     row_walk,
     store_numbers,
     store_rows,
@@ -74,9 +76,8 @@ def tangent_kernel(
             weights = tl.exp2(logits - level[:, None])
             if stage != 1:
                 pairs = pairs_seen(
-                    seen, sizes, blocks, batch, rows[:, None], columns[None, :],
-                    first[:, None], last[:, None], kind, how,
-                )  # fmt: skip
+                    seen, sizes, blocks, batch, rows, columns, first, last, kind, how
+                )
                 weights = tl.where(pairs, weights, 0.0)
             moved = product(moves_q, tl.trans(keys), how)
             moved = (moved + product(queries, tl.trans(moves_k), how)) * sizes.scale
@@ -141,9 +142,8 @@ def double_backward_rows_kernel(
             weights = tl.exp2(logits - level[:, None])
             if stage != 1:
                 pairs = pairs_seen(
-                    seen, sizes, blocks, batch, rows[:, None], columns[None, :],
-                    first[:, None], last[:, None], kind, how,
-                )  # fmt: skip
+                    seen, sizes, blocks, batch, rows, columns, first, last, kind, how
+                )
                 weights = tl.where(pairs, weights, 0.0)
             plain = product(moves_q, tl.trans(keys), how)
             plain = (plain + product(queries, tl.trans(moves_k), how)) * sizes.scale
@@ -201,12 +201,13 @@ def double_backward_columns_kernel(
     moves_k = load_rows(y, y_strides, batch, key_head, columns, sizes.keys, how)
     values = load_rows(v, v_strides, batch, key_head, columns, sizes.keys, how)
     moves_v = load_rows(z, z_strides, batch, key_head, columns, sizes.keys, how)
+    above, below = query_range(seen, sizes, batch, columns)
     sums_k = tl.zeros([how.COLUMNS, how.PADDED], lse.dtype.element_ty)
     sums_v = tl.zeros([how.COLUMNS, how.PADDED], lse.dtype.element_ty)
     for member in tl.range(0, sizes.ratio):
         head = key_head * sizes.ratio + member
         slope = load_slope(seen, head, how)
-        walk = column_walk(seen, sizes, blocks, batch, head, columns, how)
+        walk = column_walk(seen, sizes, blocks, batch, head, columns, above, below, how)
         for stage in tl.static_range(3):
             for step in tl.range(walk[stage], walk[stage + 1]):
                 rows, kind = queries_of(blocks, batch, head, columns, step, how)
@@ -224,11 +225,9 @@ def double_backward_columns_kernel(
                 logits, bent = bend(products, aligned, columns[:, None], slope, sizes, how)
                 weights = tl.exp2(logits - level[None, :])
                 if stage != 1:
-                    first, last = key_range(seen, sizes, batch, rows)
-                    pairs = pairs_seen(
-                        seen, sizes, blocks, batch, rows[None, :], columns[:, None],
-                        first[None, :], last[None, :], kind, how,
-                    )  # fmt: skip
+                    pairs = pairs_seen_by_keys(
+                        seen, sizes, blocks, batch, rows, columns, above, below, kind, how
+                    )
                     weights = tl.where(pairs, weights, 0.0)
                 plain = product(keys, tl.trans(moves_q), how)
                 plain = (plain + product(moves_k, tl.trans(queries), how)) * sizes.scale

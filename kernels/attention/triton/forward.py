@@ -1,7 +1,7 @@
 """Forward: online softmax over tiles of keys (FlashAttention-2, arXiv 2307.08691, algorithm 1)."""
 
 # Triton compiles these functions from their source; pyright cannot follow its language.
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false, reportArgumentType=false
 
 import triton
 import triton.language as tl
@@ -49,9 +49,8 @@ def forward_kernel(
             logits, _ = bend(products, aligned, columns[None, :], slope, sizes, how)
             if stage != 1:
                 pairs = pairs_seen(
-                    seen, sizes, blocks, batch, rows[:, None], columns[None, :],
-                    first[:, None], last[:, None], kind, how,
-                )  # fmt: skip
+                    seen, sizes, blocks, batch, rows, columns, first, last, kind, how
+                )
                 logits = tl.where(pairs, logits, float("-inf"))
             highest = tl.maximum(top, tl.max(logits, 1))
             # Before its first key a row has no maximum to subtract.

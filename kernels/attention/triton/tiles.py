@@ -7,7 +7,7 @@ pointers are gone in Triton 3.9.
 """
 
 # Triton compiles these functions from their source; pyright cannot follow its language.
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false, reportArgumentType=false
 
 from typing import Any, NamedTuple
 
@@ -159,7 +159,7 @@ def store_rows(pointer, strides, batch, head, rows, count, value, how):
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
     """Convert to a dtype, to nearest even also in the interpreter, which truncates to bfloat16."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
         up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         up = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, up)
@@ -292,14 +292,13 @@ def row_walk(seen, sizes, blocks, batch, head, rows, first, last, how):
 
 
 @triton.jit
-def column_walk(seen, sizes, blocks, batch, head, columns, how):
+def column_walk(seen, sizes, blocks, batch, head, columns, above, below, how):
     """Return the borders of a key tile's walk over tiles of queries."""
     if how.SPARSE:
         begin = tl.program_id(0) * 0
         count = listed_count(blocks, batch, head, tl.min(columns, 0) // how.BLOCK_KV)
         return begin, begin, begin, count * (how.BLOCK_Q // how.ROWS)
     else:  # noqa: RET505
-        above, below = query_range(seen, sizes, batch, columns)
         # Stored ranges of keys are transposed only roughly: then every tile is masked.
         plain: tl.constexpr = not how.SEGMENTS and seen.first is None
         return borders(above, below, columns < sizes.keys, sizes.queries, how.ROWS, plain)
@@ -358,8 +357,38 @@ def queries_of(blocks, batch, head, columns, step, how):
 
 @triton.jit
 def pairs_seen(seen, sizes, blocks, batch, rows, columns, first, last, kind, how):
-    """Return which pairs of a tile are seen; arguments by row and by column broadcast."""
-    pairs = (columns >= first) & (columns < last)
+    """Return which pairs of a tile (queries by keys) are seen.
+
+    Args:
+        first: First key of each query.
+        last: One past its last key.
+    """
+    rows, columns = rows[:, None], columns[None, :]
+    pairs = (columns >= first[:, None]) & (columns < last[:, None])
+    return pairs_kept(pairs, seen, sizes, blocks, batch, rows, columns, kind, how)
+
+
+@triton.jit
+def pairs_seen_by_keys(seen, sizes, blocks, batch, rows, columns, above, below, kind, how):
+    """Return which pairs of a transposed tile (keys by queries) are seen.
+
+    Args:
+        above: First query that may see each key.
+        below: One past the last.
+    """
+    if seen.first is None:
+        # Numbers of keys, the own side, cost a thread far fewer registers than those of queries.
+        pairs = (rows[None, :] >= above[:, None]) & (rows[None, :] < below[:, None])
+    else:
+        first, last = key_range(seen, sizes, batch, rows)
+        pairs = (columns[:, None] >= first[None, :]) & (columns[:, None] < last[None, :])
+    rows, columns = rows[None, :], columns[:, None]
+    return pairs_kept(pairs, seen, sizes, blocks, batch, rows, columns, kind, how)
+
+
+@triton.jit
+def pairs_kept(pairs, seen, sizes, blocks, batch, rows, columns, kind, how):
+    """Return what segments and block-sparse masks leave of pairs; rows and columns broadcast."""
     if how.SEGMENTS:
         row_place = batch.to(tl.int64) * sizes.queries + rows
         column_place = batch.to(tl.int64) * sizes.keys + columns

@@ -48,7 +48,7 @@ class Attention(nn.Module):
                 "attention decodes with keys and values"
             )
             k, v = context.cache.append(k, v)
-        mixed = attention(q, k, v, segments=context.segments)
+        mixed = attention(q, k, v, segment_ids=context.segments)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def new_cache(self, batch: int, length: int, like: torch.Tensor) -> KeyValueCache:
