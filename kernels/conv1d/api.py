@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from interlace.kernels.conv1d import operator, plain
-from interlace.kernels.ssd.checks import DTYPES, check_segments, check_tensors
+from interlace.kernels.ssd.checks import check_segments, check_tensors
 from interlace.kernels.ssd.chunks import number_documents
 from interlace.kernels.triton_language import require_triton, why_no_triton
 

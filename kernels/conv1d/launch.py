@@ -82,6 +82,7 @@ def run_backward(
     weights = torch.empty(blocks, p.taps, p.channels, dtype=torch.float32, device=dy.device)
     biases = torch.empty(blocks, p.channels, dtype=torch.float32, device=dy.device)
     options: dict[str, Any] = {**p.options, "has_state": p.has_state, "block": ROWS}
+    options["num_warps"] = 8
     launch(
         kernels.backward, (blocks, across), dy, *p.inputs, dx, weights, biases, *p.sizes, **options
     )

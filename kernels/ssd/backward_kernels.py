@@ -1,10 +1,9 @@
 """Triton kernels of state-space duality, backward: no atomics, one writer for every number.
 
-The states are computed again, not kept: in fp32 they are larger than the inputs. With W the matrix
-of a chunk whose rows give the outputs, its gradient times itself is summed along rows and along
-columns from the very same tile, because the gradient of the decays is a difference of such sums.
-Sums over the heads of a group are taken inside a program, in splits of heads that are added up
-afterwards in a fixed order.
+The states are computed again, not kept: in fp32 they are larger than the inputs. W is the matrix
+that a chunk multiplies its inputs by, dW its gradient; the product of the two, number by number, is
+what the gradients of the decays are made of. Sums over the heads of a group are taken inside a
+program, in splits of heads that are added up afterwards in a fixed order.
 
     states again -> states' gradients -> carry backwards -> x -> scores -> B, C -> dt, A
 """
@@ -15,7 +14,13 @@ afterwards in a fixed order.
 import triton
 import triton.language as tl
 
-from interlace.kernels.ssd.forward_kernels import decay_tile, load_rows, load_state, rows_of
+from interlace.kernels.ssd.forward_kernels import (
+    decay_tile,
+    decay_to_end,
+    load_rows,
+    load_state,
+    rows_of,
+)
 from interlace.kernels.update.gpu import store_nearest
 
 
@@ -36,17 +41,17 @@ def input_gradients(
     s, inner = j * tile + tl.arange(0, tile), tl.arange(0, tile)
     across, along = tl.program_id(2) * wide + tl.arange(0, wide), tl.arange(0, all_states)
     sums = running + h.to(tl.int64) * rows + first
+    side = heads.to(tl.int64) * rows
     tile_scores = scores + (c.to(tl.int64) * groups + g) * Q * Q
 
     writes = load_rows(B, first, s, b_stride, g * state_width, along, n, state_width)
     state = load_state(state_gradients, c, h, heads, across, width, along, state_width)
     total = tl.dot(writes.to(product), tl.trans(state.to(product)), input_precision=precision)
-    decay = tl.load(sums + n - 1) - tl.load(sums + s, mask=s < n, other=0.0)
-    total *= tl.exp(tl.where(s < n, decay, float("-inf")))[:, None]
+    total *= decay_to_end(sums, side, s, n)[:, None]
     for i in range(j, tl.cdiv(n, tile)):
         t = i * tile + inner
         found = tl.load(tile_scores + t[None, :] * Q + s[:, None])
-        weight = found * decay_tile(sums, t, s, n, True)
+        weight = found * decay_tile(sums, side, t, s, n, True)
         gradient = load_rows(dy, first, t, heads * width, h * width, across, n, width)
         total += tl.dot(weight.to(product), gradient.to(product), input_precision=precision)
     steps = tl.load(dt + (first + s) * dt_stride + h, mask=s < n, other=0.0).to(tl.float32)
@@ -71,7 +76,8 @@ def score_gradients(
     product: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one tile of C B^T, summed over the heads of a split; and, per head, the
-    sums of W dW along both sides of the tile (those along columns without their factor dt).
+    sums of W dW along columns (without their factor dt) and along rows. On the diagonal, in place
+    of the latter, what passes position u on its way from s < u to t >= u.
     """
     tiles: tl.constexpr = Q // tile
     c, g, split = tl.program_id(0) // (tiles * tiles), tl.program_id(1), tl.program_id(2)
@@ -84,6 +90,7 @@ def score_gradients(
     place = (c.to(tl.int64) * groups + g) * Q * Q + t[:, None] * Q + s[None, :]
     found = tl.load(scores + place)
     total = tl.zeros((tile, tile), dtype=tl.float32)
+    side = heads.to(tl.int64) * rows
     for member in range(split * split_heads, tl.minimum((split + 1) * split_heads, shared)):
         h = g * shared + member
         weight = tl.zeros((tile, tile), dtype=tl.float32)
@@ -95,12 +102,14 @@ def score_gradients(
                 gradient.to(product), tl.trans(value.to(product)), input_precision=precision
             )
         head_rows = h.to(tl.int64) * rows + first
-        weight *= decay_tile(running + head_rows, t, s, n, False)
+        weight *= decay_tile(running + head_rows, side, t, s, n, False)
         steps = tl.load(dt + (first + s) * dt_stride + h, mask=s < n, other=0.0).to(tl.float32)
         scaled = weight * steps[None, :]
         total += scaled
-        side = heads.to(tl.int64) * rows
-        tl.store(row_sums + j * side + head_rows + t, tl.sum(scaled * found, 1), mask=t < n)
+        scaled *= found
+        if i == j:
+            scaled = tl.where(s[None, :] < t[:, None], tl.cumsum(scaled, 0, reverse=True), 0.0)
+        tl.store(row_sums + j * side + head_rows + t, tl.sum(scaled, 1), mask=t < n)
         tl.store(column_sums + i * side + head_rows + s, tl.sum(weight * found, 0), mask=s < n)
     tl.store(out + split.to(tl.int64) * chunks * groups * Q * Q + place, total)
 
@@ -139,10 +148,10 @@ def key_gradients(
             state = load_state(states, c, h, heads, across, width, along, state_width)
             part += tl.dot(value.to(product), state.to(product), input_precision=precision)
         sums = running + h.to(tl.int64) * rows + first
-        decay = tl.load(sums + at, mask=at < n, other=0.0)
         if of_writes:
-            decay = tl.load(sums + n - 1) - decay
-        part *= tl.exp(tl.where(at < n, decay, float("-inf")))[:, None]
+            part *= decay_to_end(sums, heads.to(tl.int64) * rows, at, n)[:, None]
+        else:
+            part *= tl.exp(tl.load(sums + at, mask=at < n, other=0.0))[:, None]
         place = h.to(tl.int64) * rows + first + at
         tl.store(state_sums + place, tl.sum(part * key.to(tl.float32), 1), mask=at < n)
         if of_writes:
@@ -169,6 +178,20 @@ def key_gradients(
 
 
 @triton.jit
+def sums_from(values, k):
+    """Return the sum of (tiles, tile) values from each position to the end."""
+    later = tl.where(k[None, :] > k[:, None], tl.sum(values, 1)[None, :], 0.0)
+    return tl.cumsum(values, 1, reverse=True) + tl.sum(later, 1)[:, None]
+
+
+@triton.jit
+def sums_up_to(values, k):
+    """Return the sum of (tiles, tile) values from the beginning to each position."""
+    earlier = tl.where(k[None, :] < k[:, None], tl.sum(values, 1)[None, :], 0.0)
+    return tl.cumsum(values, 1) + tl.sum(earlier, 1)[:, None]
+
+
+@triton.jit
 def step_gradients(
     dt, A, running, states, state_gradients, row_sums, column_sums, read_sums, write_sums,
     chunk_start, chunk_length, d_dt, rate_parts,
@@ -179,22 +202,40 @@ def step_gradients(
 
     A decay a_u = dt_u A shrinks every contribution that passes it: from s < u to t >= u inside the
     chunk, from the state before it to t >= u, from s < u to the state behind it, and from state to
-    state.
+    state. Contributions are only added: as a difference of sums over all t and all s, most of it
+    would cancel, and what large steps shrink to nothing would drown in rounding.
     """
+    tiles: tl.constexpr = Q // tile
     c, h = tl.program_id(0), tl.program_id(1)
     first, n = rows_of(chunk_start, chunk_length, c)
-    at, along = tl.arange(0, Q), tl.arange(0, all_states)
+    k, inner, along = tl.arange(0, tiles), tl.arange(0, tile), tl.arange(0, all_states)
+    at = k[:, None] * tile + inner[None, :]
     base = h.to(tl.int64) * rows + first
     side = heads.to(tl.int64) * rows
-    steps = tl.load(dt + (first + at) * dt_stride + h, mask=at < n, other=0.0).to(tl.float32)
-    reading = tl.load(read_sums + base + at, mask=at < n, other=0.0)
-    own = tl.load(write_sums + base + at, mask=at < n, other=0.0)
-    into, out_of = tl.zeros((Q,), dtype=tl.float32), tl.zeros((Q,), dtype=tl.float32)
-    for k in range(tl.cdiv(n, tile)):
-        late = (at < n) & (at // tile >= k)
-        into += tl.load(row_sums + k * side + base + at, mask=late, other=0.0)
-        early = (at < n) & (at // tile <= k)
-        out_of += tl.load(column_sums + k * side + base + at, mask=early, other=0.0)
+    here, before = at < n, (at > 0) & (at < n)
+    steps = tl.load(dt + (first + at) * dt_stride + h, mask=here, other=0.0).to(tl.float32)
+    last_steps = tl.load(dt + (first + at - 1) * dt_stride + h, mask=before, other=0.0)
+    last_steps = last_steps.to(tl.float32)
+
+    # Inside a tile, and from tile j to a later one: past what is left of j, past whole tiles, and
+    # past the beginning of the later one.
+    own = k[:, None] * side + base + at
+    passing = tl.load(row_sums + own, mask=here, other=0.0)
+    direct = tl.load(column_sums + own, mask=here, other=0.0)
+    for j in range(tl.cdiv(n, tile)):
+        arriving = tl.load(row_sums + j * side + base + at, mask=here & (k > j)[:, None], other=0.0)
+        behind = tl.where(k[None, :] > k[:, None], tl.sum(arriving, 1)[None, :], 0.0)
+        passing += tl.where(k > j, tl.sum(behind, 1), 0.0)[:, None]
+        passing += tl.cumsum(arriving, 1, reverse=True)
+        place = column_sums + j * side + base + at
+        direct += tl.load(place, mask=here & (k < j)[:, None], other=0.0)
+        leaving = tl.load(place - 1, mask=here & (k < j)[:, None] & (inner > 0)[None, :], other=0.0)
+        passing += tl.cumsum(leaving * last_steps, 1)
+
+    # Through the state before the chunk, the state behind it, and from one to the other.
+    passing += sums_from(tl.load(read_sums + base + at, mask=here, other=0.0), k)
+    written = tl.load(write_sums + base + at - 1, mask=before, other=0.0) * last_steps
+    passing += sums_up_to(written, k)
     product = tl.zeros((wide, all_states), dtype=tl.float32)
     for begin in range(0, width, wide):
         across = begin + tl.arange(0, wide)
@@ -202,14 +243,10 @@ def step_gradients(
         product += state * load_state(
             state_gradients, c, h, heads, across, width, along, state_width
         )
-    passing = tl.exp(tl.load(running + base + n - 1)) * tl.sum(product)
+    passing += tl.exp(tl.load(running + base + n - 1)) * tl.sum(product)
 
-    # What was written before u, that is without u itself.
-    before = (at > 0) & (at < n)
-    earlier = tl.load(write_sums + base + at - 1, mask=before, other=0.0)
-    earlier *= tl.load(dt + (first + at - 1) * dt_stride + h, mask=before, other=0.0).to(tl.float32)
-    later = into - out_of * steps + reading
-    decay = tl.cumsum(later, 0, reverse=True) + tl.cumsum(earlier, 0) + passing
-    gradient = out_of + own + tl.load(A + h) * decay
-    tl.store(d_dt + (first + at) * heads + h, gradient, mask=at < n)
-    tl.store(rate_parts + c.to(tl.int64) * heads + h, tl.sum(tl.where(at < n, decay * steps, 0.0)))
+    direct += tl.load(write_sums + base + at, mask=here, other=0.0)
+    gradient = direct + tl.load(A + h) * passing
+    tl.store(d_dt + (first + at) * heads + h, gradient, mask=here)
+    part = tl.sum(tl.where(here, passing * steps, 0.0))
+    tl.store(rate_parts + c.to(tl.int64) * heads + h, part)

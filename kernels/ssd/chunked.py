@@ -5,8 +5,8 @@ products C_t B_s times decays; from chunk to chunk only the state is carried (Da
 arXiv 2405.21060, section 6 and listing 1). Memory is linear in T. Plain operations, therefore
 differentiable to any order and compilable; this is what runs on a CPU.
 
-Decays are exponentials of differences of running sums, masked before they are exponentiated: a
-difference that points backwards in time is positive, and its exponential may be infinite.
+Decays are exponentials of sums over what lies between two positions, never positive, and masked
+before they are exponentiated.
 """
 
 from dataclasses import dataclass
@@ -37,9 +37,9 @@ def ssd(
     x, dt = (in_chunks(tensor.to(wide), chunk) for tensor in (x, dt))
     write, read = (in_chunks(keys.to(wide), chunk).transpose(2, 3) for keys in (B, C))
     # Padding has dt = 0: it neither decays the state nor adds to it.
-    running = (dt * A.to(wide)).cumsum(2).transpose(2, 3).unflatten(2, (groups, -1))
+    logs = (dt * A.to(wide)).transpose(2, 3).unflatten(2, (groups, -1))
     scaled = (dt.unsqueeze(-1) * x).transpose(2, 3).contiguous().unflatten(2, (groups, -1))
-    decay = decays(running, None if documents is None else in_chunks(documents, chunk, "last"))
+    decay = decays(logs, None if documents is None else in_chunks(documents, chunk, "last"))
 
     # Inside a chunk. The products C B^T are shared by the heads of a group.
     scores = (read @ write.transpose(-1, -2)).unsqueeze(3)
@@ -84,12 +84,18 @@ class Decays:
     """(B, M, G, R), over the whole chunk."""
 
 
-def decays(running: torch.Tensor, documents: torch.Tensor | None) -> Decays:
-    """Return the decays of running sums (B, M, G, R, Q) with documents (B, M, Q) or None."""
-    size, device = running.shape[-1], running.device
-    end = running[..., -1:]
+def decays(logs: torch.Tensor, documents: torch.Tensor | None) -> Decays:
+    """Return the decays of log decays (B, M, G, R, Q) with documents (B, M, Q) or None.
+
+    Sums run from every first position of its own. A difference of two sums from the beginning would
+    lose what is small beside them, in the decays and, worse, in their gradients.
+    """
+    size, device = logs.shape[-1], logs.device
     seen = torch.ones(size, size, dtype=torch.bool, device=device).tril()
-    from_start, to_end, whole = running.exp(), (end - running).exp(), end.squeeze(-1).exp()
+    passed = torch.where(seen.tril(-1), logs.unsqueeze(-1), 0.0)
+    sums = passed.cumsum(-2)
+    from_start = logs.cumsum(-1).exp()
+    whole = from_start[..., -1]
     if documents is not None:
         numbers = documents[:, :, None, None]  # (B, M, 1, 1, Q)
         last = numbers[..., -1:]
@@ -97,11 +103,9 @@ def decays(running: torch.Tensor, documents: torch.Tensor | None) -> Decays:
         previous = torch.cat([numbers[:, :1, :, :, :1], last[:, :-1]], dim=1)
         seen = seen & (numbers.unsqueeze(-1) == numbers.unsqueeze(-2))
         from_start = torch.where(numbers == previous, from_start, 0.0)
-        to_end = torch.where(numbers == last, to_end, 0.0)
         whole = torch.where((last == previous).squeeze(-1), whole, 0.0)
-    difference = running.unsqueeze(-1) - running.unsqueeze(-2)
-    inside = difference.masked_fill(~seen, float("-inf")).exp()
-    return Decays(inside=inside, from_start=from_start, to_end=to_end, whole=whole)
+    inside = sums.masked_fill(~seen, float("-inf")).exp()
+    return Decays(inside=inside, from_start=from_start, to_end=inside[..., -1, :], whole=whole)
 
 
 def carry(

@@ -49,15 +49,48 @@ def load_state(pointer, c, h, heads, across, width, along, state_width):
 @triton.jit
 def running_sums(
     dt, A, chunk_start, chunk_length, running,
-    dt_stride, rows, Q: tl.constexpr,
+    dt_stride, rows, heads, Q: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of dt A over a chunk, each including its own position, as (H, rows)."""
+    """Write the sums of dt A over a chunk, each including its own position, as (2, H, rows): the
+    number in fp32, and what it lacks. Differences of large sums are small numbers, and exact to
+    their own last bit that way.
+    """
     c, h = tl.program_id(0), tl.program_id(1)
     first, n = rows_of(chunk_start, chunk_length, c)
     at = tl.arange(0, Q)
     steps = tl.load(dt + (first + at) * dt_stride + h, mask=at < n, other=0.0).to(tl.float32)
-    sums = tl.cumsum(steps * tl.load(A + h), 0)
-    tl.store(running + h.to(tl.int64) * rows + first + at, sums, mask=at < n)
+    sums = tl.cumsum(steps.to(tl.float64) * tl.load(A + h).to(tl.float64), 0)
+    high = sums.to(tl.float32)
+    place = running + h.to(tl.int64) * rows + first + at
+    tl.store(place, high, mask=at < n)
+    tl.store(
+        place + heads.to(tl.int64) * rows, (sums - high.to(tl.float64)).to(tl.float32), mask=at < n
+    )
+
+
+@triton.jit
+def decay_to_end(sums, side, at, n):
+    """Return the decay from positions of a chunk to its end; zero behind it."""
+    high = tl.load(sums + n - 1) - tl.load(sums + at, mask=at < n, other=0.0)
+    low = tl.load(sums + side + n - 1) - tl.load(sums + side + at, mask=at < n, other=0.0)
+    return tl.exp(tl.where(at < n, high + low, float("-inf")))
+
+
+@triton.jit
+def decay_tile(sums, side, t, s, n, transposed: tl.constexpr):
+    """Return decays from positions s to t as (t, s), or transposed; zero for the future."""
+    late = tl.load(sums + t, mask=t < n, other=0.0)
+    late_rest = tl.load(sums + side + t, mask=t < n, other=0.0)
+    early = tl.load(sums + s, mask=s < n, other=0.0)
+    early_rest = tl.load(sums + side + s, mask=s < n, other=0.0)
+    if transposed:
+        seen = (s[:, None] <= t[None, :]) & (t < n)[None, :]
+        difference = late[None, :] - early[:, None] + (late_rest[None, :] - early_rest[:, None])
+    else:
+        seen = (s[None, :] <= t[:, None]) & (t < n)[:, None]
+        difference = late[:, None] - early[None, :] + (late_rest[:, None] - early_rest[None, :])
+    # Masked before exp: the future's differences are positive.
+    return tl.exp(tl.where(seen, difference, float("-inf")))
 
 
 @triton.jit
@@ -102,16 +135,15 @@ def state_sums(
     first, n = rows_of(chunk_start, chunk_length, c)
     across, along = tl.program_id(2) * wide + tl.arange(0, wide), tl.arange(0, states)
     sums = running + h.to(tl.int64) * rows + first
-    end = tl.load(sums + n - 1)
+    side = heads.to(tl.int64) * rows
     total = tl.zeros((wide, states), dtype=tl.float32)
     for begin in range(0, n, tile):
         at = begin + tl.arange(0, tile)
-        decay = tl.load(sums + at, mask=at < n, other=0.0)
         if to_end:
             steps = tl.load(dt + (first + at) * dt_stride + h, mask=at < n, other=0.0)
-            weight = steps.to(tl.float32) * tl.exp(tl.where(at < n, end - decay, 0.0))
+            weight = steps.to(tl.float32) * decay_to_end(sums, side, at, n)
         else:
-            weight = tl.exp(decay)
+            weight = tl.exp(tl.load(sums + at, mask=at < n, other=0.0))
         value = load_rows(values, first, at, value_stride, h * width, across, n, width)
         key = load_rows(
             keys, first, at, key_stride, h // shared * state_width, along, n, state_width
@@ -159,21 +191,6 @@ def carry_states(
 
 
 @triton.jit
-def decay_tile(running, t, s, n, transposed: tl.constexpr):
-    """Return decays from positions s to t as (t, s), or transposed; zero for the future."""
-    late = tl.load(running + t, mask=t < n, other=0.0)
-    early = tl.load(running + s, mask=s < n, other=0.0)
-    if transposed:
-        seen = (s[:, None] <= t[None, :]) & (t < n)[None, :]
-        difference = late[None, :] - early[:, None]
-    else:
-        seen = (s[None, :] <= t[:, None]) & (t < n)[:, None]
-        difference = late[:, None] - early[None, :]
-    # Masked before exp: the future's differences are positive.
-    return tl.exp(tl.where(seen, difference, float("-inf")))
-
-
-@triton.jit
 def outputs(
     x, dt, C, D, running, scores, states, chunk_start, chunk_length, y,
     x_stride, dt_stride, c_stride, rows, heads, shared, width, state_width,
@@ -190,6 +207,7 @@ def outputs(
     t, inner = i * tile + tl.arange(0, tile), tl.arange(0, tile)
     across, along = tl.program_id(2) * wide + tl.arange(0, wide), tl.arange(0, all_states)
     sums = running + h.to(tl.int64) * rows + first
+    side = heads.to(tl.int64) * rows
     tile_scores = scores + (c.to(tl.int64) * groups + g) * Q * Q
 
     reads = load_rows(C, first, t, c_stride, g * state_width, along, n, state_width)
@@ -200,7 +218,7 @@ def outputs(
         s = j * tile + inner
         steps = tl.load(dt + (first + s) * dt_stride + h, mask=s < n, other=0.0).to(tl.float32)
         found = tl.load(tile_scores + t[:, None] * Q + s[None, :])
-        weight = found * decay_tile(sums, t, s, n, False) * steps[None, :]
+        weight = found * decay_tile(sums, side, t, s, n, False) * steps[None, :]
         value = load_rows(x, first, s, x_stride, h * width, across, n, width)
         total += tl.dot(weight.to(product), value.to(product), input_precision=precision)
     if has_skip:

@@ -145,8 +145,8 @@ class Problem:
         return triton.cdiv(self.width, self.tiles.width)
 
     def running_sums(self) -> torch.Tensor:
-        """Return running sums of the log decays (H, rows)."""
-        running = self.float32(self.heads, self.rows)
+        """Return running sums of the log decays, and what fp32 lacks of them, (2, H, rows)."""
+        running = self.float32(2, self.heads, self.rows)
         launch(
             forward.running_sums,
             (self.chunks, self.heads),
@@ -156,6 +156,7 @@ class Problem:
             running,
             self.dt_stride,
             self.rows,
+            self.heads,
             Q=self.chunk,
         )
         return running
@@ -226,7 +227,7 @@ class Recomputed:
     """What the backward kernels share."""
 
     running: torch.Tensor
-    """Running sums of log decays inside chunks (H, rows)."""
+    """Running sums of log decays inside chunks (2, H, rows)."""
 
     scores: torch.Tensor
     """C B^T inside chunks (M, G, Q, Q)."""
@@ -320,6 +321,11 @@ def gradient_of_x(
     return dx, parts.sum(0) if p.has_skip else None
 
 
+def with_warps(problem: Problem, warps: int) -> dict[str, Any]:
+    """Return how tiles are multiplied, on more threads: for kernels that hold two sums at once."""
+    return {**problem.product, "num_warps": warps}
+
+
 def gradient_of_scores(
     p: Problem, dy: torch.Tensor, kept: Recomputed
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -333,7 +339,7 @@ def gradient_of_scores(
         backward.score_gradients, (p.chunks * p.tile_count**2, p.groups, splits),
         p.x, p.dt, dy, kept.running, kept.scores, *p.chunk_rows, d_scores, rows, columns,
         p.x_stride, p.dt_stride, p.rows, p.heads, p.shared, p.width, p.chunks, split_heads,
-        Q=p.chunk, tile=p.tiles.rows, wide=p.tiles.width, **p.product,
+        Q=p.chunk, tile=p.tiles.rows, wide=p.tiles.width, **with_warps(p, 8),
     )  # fmt: skip
     return d_scores, rows, columns
 
@@ -358,6 +364,6 @@ def gradient_of_keys(
         *strides, p.dt_stride,
         p.rows, p.heads, p.shared, p.width, p.states, p.chunks, split_heads,
         of_writes=of_writes, Q=p.chunk, tile=p.tiles.rows, wide=p.tiles.width,
-        all_states=rounded(p.states), **p.product,
+        all_states=rounded(p.states), **with_warps(p, 8),
     )  # fmt: skip
     return out.sum(0).view(p.B.shape), through
