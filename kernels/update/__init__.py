@@ -1,6 +1,6 @@
 """Update rules: one formula each, its plain twin, its one-pass CPU kernel and its GPU kernel."""
 
-from interlace.kernels.update.api import accumulate, sum_of_squares, update, warm_up
+from interlace.kernels.update.api import accumulate, sum_of_squares, update, update_many, warm_up
 from interlace.kernels.update.planes import merge_master, split_master
 from interlace.kernels.update.rules import SGD, AdamW, UpdateRule
 from interlace.kernels.update.slab import Slab, Step
@@ -16,5 +16,6 @@ __all__ = [
     "split_master",
     "sum_of_squares",
     "update",
+    "update_many",
     "warm_up",
 ]

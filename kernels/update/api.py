@@ -5,6 +5,7 @@ plain formula. All of them do the same arithmetic in the same order.
 """
 
 import importlib
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,11 @@ from interlace.kernels.update.rules import UpdateRule
 from interlace.kernels.update.slab import Slab, Step, rounding_keys
 
 FLOATS = (torch.float32, torch.bfloat16)
+
+SHORT = 2**20
+"""Slabs up to so many elements share a launch on a GPU; longer ones keep it busy for longer than a
+launch takes.
+"""
 
 SQUARED_AT_ONCE = 2**24
 """Elements that are widened to float64 together where there is no kernel."""
@@ -35,13 +41,46 @@ def update(
     stop = slab.gradient.numel() if stop is None else stop
     if start >= stop:
         return
-    part = cut(slab, start, stop)
+    whole = (start, stop) == (0, slab.gradient.numel())
+    part = slab if whole else cut(slab, start, stop)
     if slab.master.dtype is torch.float64:
         update_plain(rule, part, step)
     elif slab.master.device.type == "cpu":
         update_on_cpu(rule, part, step, step.first_element + start)
     else:
         gpu_kernels().update_on_gpu(rule, part, step, step.first_element + start)
+
+
+def update_many(rule: UpdateRule, slabs: Sequence[Slab], steps: Sequence[Step]) -> None:
+    """Update several slabs in place, each as `update` would: the same bits.
+
+    On a GPU short slabs of the same dtypes and update number share a launch, which would otherwise
+    take longer than the update itself.
+
+    Raises:
+        TypeError: As `update`.
+        ValueError: As `update`.
+    """
+    together: dict[tuple[object, ...], list[tuple[Slab, Step]]] = {}
+    for slab, step in zip(slabs, steps, strict=True):
+        count = slab.gradient.numel()
+        short = slab.gradient.is_cuda and slab.master.dtype is not torch.float64
+        if short and 0 < count <= SHORT:
+            check(rule, slab)
+            together.setdefault(form_of(slab, step), []).append((slab, step))
+        else:
+            update(rule, slab, step)
+    for found in together.values():
+        positions = [step.first_element for _, step in found]
+        gpu_kernels().update_many_on_gpu(rule, [slab for slab, _ in found], found[0][1], positions)
+
+
+def form_of(slab: Slab, step: Step) -> tuple[object, ...]:
+    """Return what slabs have in common that one launch can update."""
+    dtypes = (slab.gradient.dtype, slab.master.dtype, *(moment.dtype for moment in slab.moments))
+    weight = None if slab.weight is None else slab.weight.dtype
+    scalars = (step.number, step.gradient_scale, step.rounding_seed, id(step.hyper))
+    return (*dtypes, weight, slab.remainder is None, slab.gradient.device, *scalars)
 
 
 def check(rule: UpdateRule, slab: Slab) -> None:

@@ -8,6 +8,10 @@ kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), which the tests use.
 # Triton compiles these functions from their source; pyright cannot follow its language.
 # pyright: basic, reportArgumentType=false
 
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +23,9 @@ BLOCK = 1024
 
 TURNS = 16
 """Blocks that one program of `squares` adds up."""
+
+COLUMNS = tl.constexpr(8)
+"""Entries of a row of the table of many slabs."""
 
 PLAIN = ["count", "position", "key1", "key2"]
 """Arguments that change from call to call: a kernel of its own for multiples of 16, or for 1, would
@@ -86,14 +93,27 @@ def store_master(master, remainder, at, value, mask, split: tl.constexpr):
         tl.store(master + at, value, mask=mask)
 
 
+@triton.jit
+def entry(table, column: tl.constexpr, like):
+    """Return an entry of this program's row, as a pointer like another."""
+    return tl.load(table + tl.program_id(0).to(tl.int64) * COLUMNS + column).to(like.dtype)
+
+
 @triton.jit(do_not_specialize=PLAIN)
 def adamw(
-    gradient, master, first, second, weight, remainder, count, scale,
-    keep, beta1, rest1, beta2, rest2, root, eps, size,
-    position, key1, key2, split: tl.constexpr, writes: tl.constexpr, block: tl.constexpr,
+    gradient, master, first, second, weight, remainder, table, count, scale,
+    keep, beta1, rest1, beta2, rest2, root, eps, size, position, key1, key2,
+    split: tl.constexpr, writes: tl.constexpr, many: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Update one block; see `AdamW.scalars`."""
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    """Update one block; see `AdamW.scalars`, and `rows_of` for the table of many slabs."""
+    at = tl.arange(0, block).to(tl.int64)
+    if many:
+        gradient, master = entry(table, 0, gradient), entry(table, 1, master)
+        weight, remainder = entry(table, 2, weight), entry(table, 3, remainder)
+        count, position = entry(table, 4, at), entry(table, 5, at)
+        first, second = entry(table, 6, first), entry(table, 7, second)
+    else:
+        at += tl.program_id(0).to(tl.int64) * block
     mask = at < count
     g = tl.load(gradient + at, mask=mask).to(tl.float32) * scale
     m = beta1 * tl.load(first + at, mask=mask).to(tl.float32) + rest1 * g
@@ -110,12 +130,19 @@ def adamw(
 
 @triton.jit(do_not_specialize=PLAIN)
 def sgd(
-    gradient, master, buffer, weight, remainder, count, scale,
-    decay, momentum, of_gradient, of_buffer, lr,
-    position, key1, split: tl.constexpr, writes: tl.constexpr, block: tl.constexpr,
+    gradient, master, buffer, weight, remainder, table, count, scale,
+    decay, momentum, of_gradient, of_buffer, lr, position, key1,
+    split: tl.constexpr, writes: tl.constexpr, many: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Update one block; see `SGD.scalars`."""
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    """Update one block; see `SGD.scalars`, and `rows_of` for the table of many slabs."""
+    at = tl.arange(0, block).to(tl.int64)
+    if many:
+        gradient, master = entry(table, 0, gradient), entry(table, 1, master)
+        weight, remainder = entry(table, 2, weight), entry(table, 3, remainder)
+        count, position = entry(table, 4, at), entry(table, 5, at)
+        buffer = entry(table, 6, buffer)
+    else:
+        at += tl.program_id(0).to(tl.int64) * block
     mask = at < count
     w = load_master(master, remainder, at, mask, split)
     g = tl.load(gradient + at, mask=mask).to(tl.float32) * scale + decay * w
@@ -160,25 +187,87 @@ def sum_of_squares_on_gpu(values: torch.Tensor) -> torch.Tensor:
 
 def update_on_gpu(rule: UpdateRule, slab: Slab, step: Step, position: int) -> None:
     """Run the kernel over a whole slab, on the current stream."""
-    count = slab.gradient.numel()
+    launch(rule, slab, step, triton.cdiv(slab.gradient.numel(), BLOCK), position=position)
+
+
+def update_many_on_gpu(
+    rule: UpdateRule, slabs: Sequence[Slab], step: Step, positions: Sequence[int]
+) -> None:
+    """Run the kernel once over several slabs of the same dtypes, on the current stream.
+
+    Args:
+        rule: Rule of all.
+        slabs: At least one.
+        step: Step of all, but for `first_element`.
+        positions: What `first_element` is of each.
+    """
+    rows = rows_of(slabs, positions)
+    device = slabs[0].master.device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    table = on_device(rows.tobytes(), device, stream)
+    launch(rule, slabs[0], step, len(rows), table=table)
+
+
+def rows_of(slabs: Sequence[Slab], positions: Sequence[int]) -> np.ndarray:
+    """Return one row per block of every slab: addresses of gradient, master, weight and remainder
+    (0 where there is none) in this block, elements from there on, the position of the first, and
+    addresses of the moments.
+    """
+    rows: list[np.ndarray] = []
+    for slab, position in zip(slabs, positions, strict=True):
+        count = slab.gradient.numel()
+        starts = np.arange(0, count, BLOCK, dtype=np.int64)
+        part = np.zeros((len(starts), COLUMNS.value), dtype=np.int64)
+        tensors = (slab.gradient, slab.master, slab.weight, slab.remainder)
+        for column, tensor in zip((0, 1, 2, 3, 6, 7), (*tensors, *slab.moments), strict=False):
+            if tensor is not None:
+                part[:, column] = tensor.data_ptr() + starts * tensor.element_size()
+        part[:, 4] = count - starts
+        part[:, 5] = (position + starts) & 0xFFFFFFFF
+        rows.append(part)
+    return np.concatenate(rows)
+
+
+@lru_cache(maxsize=1024)
+def on_device(rows: bytes, device: torch.device, stream: int) -> torch.Tensor:
+    """Return rows as a tensor; they are the same in every step unless memory moves.
+
+    One per stream: what is dropped from the cache may be overwritten by that stream's next work.
+    """
+    table = torch.frombuffer(bytearray(rows), dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def launch(
+    rule: UpdateRule,
+    slab: Slab,
+    step: Step,
+    programs: int,
+    *,
+    position: int = 0,
+    table: torch.Tensor | None = None,
+) -> None:
+    """Run a kernel over one slab, or over those of a table that are like it."""
     scalars = (float(value) for value in rule.scalars(step.number, step.hyper))
     # An absent tensor is never touched; any pointer stands in for it.
     weight = slab.master if slab.weight is None else slab.weight
     remainder = slab.master if slab.remainder is None else slab.remainder
     with torch.cuda.device_of(slab.master):
-        KERNELS[rule.name][(triton.cdiv(count, BLOCK),)](
+        KERNELS[rule.name][(programs,)](
             slab.gradient,
             slab.master,
             *slab.moments,
             weight,
             remainder,
-            count,
+            slab.master if table is None else table,
+            slab.gradient.numel(),
             step.gradient_scale,
             *scalars,
             signed(position),
             *(signed(int(key)) for key in rounding_keys(rule, step)),
             split=slab.remainder is not None,
             writes=slab.weight is not None,
+            many=table is not None,
             block=BLOCK,
             enable_fp_fusion=False,
         )

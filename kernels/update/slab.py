@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -53,7 +54,11 @@ class Step:
 
 def rounding_keys(rule: UpdateRule, step: Step) -> tuple[np.uint32, ...]:
     """Return one 32-bit key per moment, different for every seed, update and moment."""
-    keys = np.random.SeedSequence([step.rounding_seed, step.number]).generate_state(
-        len(rule.moments), np.uint32
-    )
+    return keys_of(step.rounding_seed, step.number, len(rule.moments))
+
+
+@lru_cache(maxsize=256)
+def keys_of(seed: int, number: int, count: int) -> tuple[np.uint32, ...]:
+    """Return the keys of one update; all slabs of a step ask for the same."""
+    keys = np.random.SeedSequence([seed, number]).generate_state(count, np.uint32)
     return tuple(np.uint32(key) for key in keys)

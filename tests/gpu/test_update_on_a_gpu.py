@@ -1,10 +1,12 @@
 """The update kernels on a real GPU against the CPU's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from slab_cases import FORMS, RULES, a_step, copy_of, make_slab, padded, same_bits
 
-from interlace.kernels.update import UpdateRule, accumulate, sum_of_squares, update
+from interlace.kernels.update import UpdateRule, accumulate, sum_of_squares, update, update_many
 
 pytestmark = pytest.mark.gpu
 EACH_RULE = pytest.mark.parametrize("rule", RULES, ids=["adamw", "sgd", "nesterov"])
@@ -31,6 +33,20 @@ def test_what_lies_beside_a_slab_on_the_gpu_is_not_touched(rule: UpdateRule, for
     update(rule, on_gpu, a_step(rule))
     assert same_bits(on_cpu, on_gpu)
     assert intact()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@EACH_RULE
+def test_many_slabs_on_the_gpu_are_each_updated_as_alone(rule: UpdateRule, form: str) -> None:
+    sizes = [1, 1024, 17, 2**20 + 1, 0, 50_001]
+    alone = [make_slab(form, rule, size, seed=n) for n, size in enumerate(sizes)]
+    together = [copy_of(slab, "cuda") for slab in alone]
+    for number in (1, 2):
+        steps = [replace(a_step(rule, number), first_element=n * 2**31) for n in range(len(sizes))]
+        for slab, step in zip(alone, steps, strict=True):
+            update(rule, slab, step)
+        update_many(rule, together, steps)
+    assert all(same_bits(one, other) for one, other in zip(alone, together, strict=True))
 
 
 def test_an_update_on_the_gpu_takes_no_memory_of_its_own() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from interlace.kernels.update import (
     split_master,
     sum_of_squares,
     update,
+    update_many,
 )
+from interlace.kernels.update.api import form_of
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -203,3 +206,35 @@ def test_a_wrong_slab_is_refused_in_words(
     with pytest.raises(error) as caught:
         update(AdamW(), Slab(**(parts | change)), a_step(AdamW()))
     assert words in str(caught.value)
+
+
+def test_many_updates_are_those_of_each() -> None:
+    rule = AdamW(lr=0.01)
+    forms = ["bf16", "split master", "bf16"]
+    alone = [make_slab(form, rule, 50 * n, seed=n) for n, form in enumerate(forms)]
+    together = [copy_of(slab) for slab in alone]
+    steps = [a_step(rule, number) for number in (1, 2, 1)]
+    for slab, step in zip(alone, steps, strict=True):
+        update(rule, slab, step)
+    update_many(rule, together, steps)
+    assert all(same_bits(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_a_launch_is_shared_by_slabs_of_one_form_and_one_update() -> None:
+    rule = AdamW()
+    hyper = rule.hyperparameters()
+
+    def forms(*pairs: tuple[str, Step]) -> int:
+        return len({form_of(make_slab(form, rule, 4), step) for form, step in pairs})
+
+    first = Step(1, 0.5, hyper, first_element=3)
+    assert forms(("bf16", first), ("bf16", replace(first, first_element=9))) == 1
+    for other in (
+        ("split master", first),
+        ("bf16 moments", first),
+        ("bf16", replace(first, number=2)),
+        ("bf16", replace(first, gradient_scale=1.0)),
+        ("bf16", replace(first, rounding_seed=1)),
+        ("bf16", replace(first, hyper={**hyper, "lr": 0.5})),
+    ):
+        assert forms(("bf16", first), other) == 2

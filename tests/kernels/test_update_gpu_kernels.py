@@ -2,6 +2,8 @@
 touched beside them.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from interpreter_cases import counted_bytes, shuffled_programs
@@ -48,6 +50,31 @@ def test_the_order_of_programs_and_what_lies_beside_the_slab_do_not_matter(
         update_by_triton(rule, theirs)
     assert same_bits(ours, theirs)
     assert intact()
+
+
+@EACH_RULE
+@EACH_FORM
+def test_many_slabs_in_one_launch_are_each_updated_as_alone(rule: UpdateRule, form: str) -> None:
+    from interlace.kernels.update.gpu import update_many_on_gpu
+
+    sizes = [1, 1024, 17, 2049, 1025]
+    alone = [make_slab(form, rule, size, seed=n) for n, size in enumerate(sizes)]
+    together, intact = zip(*(padded(slab) for slab in alone), strict=True)
+    # The last position is beyond 32 bits.
+    positions = [0, 5, 2**31, 2**32 - 7, 2**32 + 1]
+    for slab, position in zip(alone, positions, strict=True):
+        update(rule, slab, replace(a_step(rule), first_element=position))
+    with counted_bytes() as memory, shuffled_programs(seed=3):
+        update_many_on_gpu(rule, together, a_step(rule), positions)
+    assert all(same_bits(one, other) for one, other in zip(alone, together, strict=True))
+    assert all(untouched() for untouched in intact)
+    slab = alone[0]
+    tensors = (slab.gradient, slab.master, *slab.moments, slab.remainder)
+    read = sum(tensor.element_size() for tensor in tensors if tensor is not None)
+    blocks = sum(-(-size // 1024) for size in sizes)
+    # Beside the slabs, one row of addresses a block.
+    entries = 6 + len(slab.moments)
+    assert memory.loaded == sum(sizes) * read + 8 * entries * blocks
 
 
 @EACH_RULE
