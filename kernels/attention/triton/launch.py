@@ -4,6 +4,7 @@
 # pyright: basic
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from interlace.kernels.attention.triton.double_backward import (
 )
 from interlace.kernels.attention.triton.forward import forward_kernel
 from interlace.kernels.attention.triton.tiles import LOG2E, Blocks, How, Seen, Sizes
-from interlace.kernels.attention.triton.tuning import INTERPRETED, Tile, tile_for
+from interlace.kernels.attention.triton.tuning import INTERPRETED, LONGEST, Tile, tile_for
 
 Tensor = torch.Tensor
 NOWHERE = Blocks(None, None, None, None, 0, 0, 0, 0, 0)
@@ -155,16 +156,24 @@ class Call:
         """Return room for one number per query."""
         return torch.empty(self.q.shape[:3], dtype=self.wide, device=self.q.device)
 
+    def tile(self, kernel: Any) -> Tile:
+        """Return the tile of a kernel; with a block-sparse mask, one that divides its blocks."""
+        tile, pairs = tile_for(kernel.__name__, self.q), self.scoring.pairs
+        if pairs is None:
+            return tile
+        rows, columns = math.gcd(tile.rows, pairs.shape[1]), math.gcd(tile.columns, pairs.shape[2])
+        return replace(tile, rows=rows, columns=columns)
+
     def by_queries(
         self, kernel: Any, arguments: tuple[Any, ...], strided: tuple[Tensor, ...]
     ) -> None:
         """Run a kernel over tiles of queries of all query heads."""
-        tile = tile_for(kernel.__name__, self.q)
+        tile = self.tile(kernel)
         self.run(kernel, tile, tile.rows, self.q, arguments, strided, by_keys=False)
 
     def by_keys(self, kernel: Any, arguments: tuple[Any, ...], strided: tuple[Tensor, ...]) -> None:
         """Run a kernel over tiles of keys of all key heads."""
-        tile = tile_for(kernel.__name__, self.q)
+        tile = self.tile(kernel)
         self.run(kernel, tile, tile.columns, self.k, arguments, strided, by_keys=True)
 
     def run(
@@ -219,9 +228,6 @@ class Call:
         pairs, width = self.scoring.pairs, self.q.shape[3]
         block_q, block_kv = (0, 0) if pairs is None else pairs.shape[1:]
         exact = torch.get_float32_matmul_precision() == "highest"
-        rows, columns = tile.rows, tile.columns
-        if pairs is not None:
-            rows, columns = math.gcd(rows, block_q), math.gcd(columns, block_kv)
         fields = How(
             WIDTH=width,
             PADDED=max(16, triton.next_power_of_2(width)),
@@ -233,16 +239,21 @@ class Call:
             SPARSE=pairs is not None,
             BLOCK_Q=block_q,
             BLOCK_KV=block_kv,
-            ROWS=rows,
-            COLUMNS=columns,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
             CENTRED=self.centred,
         )
         return How(*(tl.constexpr(field) for field in fields))
 
 
 def rows_together(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors whose rows lie together in memory, copying those that do not."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    """Return tensors whose rows lie together in memory, copying those that do not, and those whose
+    rows are so far apart that places inside a tile would not fit 32 bits.
+    """
+    fits = 2**31 // LONGEST
+    return tuple(
+        x if x.stride(-1) == 1 and x.stride(-2) < fits else x.contiguous() for x in tensors
+    )
 
 
 def list_blocks(kinds: Tensor, pairs: Tensor | None, by_keys: bool) -> Blocks:

@@ -149,6 +149,24 @@ def load_rows(pointer, strides, batch, head, rows, count, how):
 
 
 @triton.jit
+def load_tile(pointer, strides, batch, head, start, LENGTH: tl.constexpr, count, how):
+    """Load rows `start` to `start + LENGTH` of one head (LENGTH, PADDED), zeros outside.
+
+    For loops: what is added to the pointer is one number, and places inside a tile, which stay the
+    same, fit 32 bits (`launch.rows_together`).
+    """
+    begin = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    begin += start.to(tl.int64) * strides[2]
+    rows = tl.arange(0, LENGTH)
+    places = rows[:, None] * strides[2] + tl.arange(0, how.PADDED)[None, :]
+    inside = inside_of(rows, count - start, how)
+    tile = tl.load(pointer + begin + places, mask=inside, other=0.0)
+    if how.WIDE:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
 def store_rows(pointer, strides, batch, head, rows, count, value, how):
     """Store rows of one head, rounded to nearest."""
     places = places_of(strides, batch, head, rows, how)
@@ -328,31 +346,33 @@ def listed(blocks, batch, head, own, step, BLOCK: tl.constexpr, STEP: tl.constex
         STEP: Tile length, a divisor of `BLOCK`.
     """
     row = list_row(blocks, batch, head, own).to(tl.int64) * blocks.other
-    place = row + step // (BLOCK // STEP)
-    start = tl.load(blocks.lists + place) * BLOCK + (step % (BLOCK // STEP)) * STEP
+    block = step // (BLOCK // STEP)
+    place = row + block
+    # Not by %: in the interpreter `step` is a plain number, which has none with a constant.
+    start = tl.load(blocks.lists + place) * BLOCK + (step - block * (BLOCK // STEP)) * STEP
     return start, tl.load(blocks.kinds + place)
 
 
 @triton.jit
-def keys_of(blocks, batch, head, rows, step, how):
-    """Return the keys of one step of a query tile's walk, and the kind of their block."""
+def key_at(blocks, batch, head, rows, step, how):
+    """Return the first key of one step of a query tile's walk, and the kind of its block."""
     if how.SPARSE:
         own = tl.min(rows, 0) // how.BLOCK_Q
         start, kind = listed(blocks, batch, head, own, step, how.BLOCK_KV, how.COLUMNS)
-        return tl.arange(0, how.COLUMNS) + start, kind
+        return start, kind
     else:  # noqa: RET505
-        return tl.arange(0, how.COLUMNS) + step * how.COLUMNS, 0
+        return step * how.COLUMNS, 0
 
 
 @triton.jit
-def queries_of(blocks, batch, head, columns, step, how):
-    """Return the queries of one step of a key tile's walk, and the kind of their block."""
+def query_at(blocks, batch, head, columns, step, how):
+    """Return the first query of one step of a key tile's walk, and the kind of its block."""
     if how.SPARSE:
         own = tl.min(columns, 0) // how.BLOCK_KV
         start, kind = listed(blocks, batch, head, own, step, how.BLOCK_Q, how.ROWS)
-        return tl.arange(0, how.ROWS) + start, kind
+        return start, kind
     else:  # noqa: RET505
-        return tl.arange(0, how.ROWS) + step * how.ROWS, 0
+        return step * how.ROWS, 0
 
 
 @triton.jit
@@ -396,10 +416,10 @@ def pairs_kept(pairs, seen, sizes, blocks, batch, rows, columns, kind, how):
         theirs = tl.load(seen.key_segments + column_place, mask=columns < sizes.keys, other=-2)
         pairs = pairs & (mine == theirs)
     if how.SPARSE:
-        start = tl.maximum(kind, 0).to(tl.int64) * (how.BLOCK_Q * how.BLOCK_KV)
+        # A block that is seen whole is number -1: its places are negative, and not looked up.
+        start = kind.to(tl.int64) * (how.BLOCK_Q * how.BLOCK_KV)
         places = start + (rows % how.BLOCK_Q) * how.BLOCK_KV + columns % how.BLOCK_KV
-        partly = (places >= 0) & (kind >= 0)
-        pairs = pairs & (tl.load(blocks.pairs + places, mask=partly, other=1) != 0)
+        pairs = pairs & (tl.load(blocks.pairs + places, mask=places >= 0, other=1) != 0)
     return pairs
 
 
