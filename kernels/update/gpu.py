@@ -99,22 +99,13 @@ def entry(table, column: tl.constexpr, like):
     return tl.load(table + tl.program_id(0).to(tl.int64) * COLUMNS + column).to(like.dtype)
 
 
-@triton.jit(do_not_specialize=PLAIN)
-def adamw(
-    gradient, master, first, second, weight, remainder, table, count, scale,
+@triton.jit
+def adamw_block(
+    gradient, master, first, second, weight, remainder, at, mask, scale,
     keep, beta1, rest1, beta2, rest2, root, eps, size, position, key1, key2,
-    split: tl.constexpr, writes: tl.constexpr, many: tl.constexpr, block: tl.constexpr,
+    split: tl.constexpr, writes: tl.constexpr,
 ):  # fmt: skip
-    """Update one block; see `AdamW.scalars`, and `rows_of` for the table of many slabs."""
-    at = tl.arange(0, block).to(tl.int64)
-    if many:
-        gradient, master = entry(table, 0, gradient), entry(table, 1, master)
-        weight, remainder = entry(table, 2, weight), entry(table, 3, remainder)
-        count, position = entry(table, 4, at), entry(table, 5, at)
-        first, second = entry(table, 6, first), entry(table, 7, second)
-    else:
-        at += tl.program_id(0).to(tl.int64) * block
-    mask = at < count
+    """Update the elements of one block; see `AdamW.scalars`."""
     g = tl.load(gradient + at, mask=mask).to(tl.float32) * scale
     m = beta1 * tl.load(first + at, mask=mask).to(tl.float32) + rest1 * g
     v = beta2 * tl.load(second + at, mask=mask).to(tl.float32) + rest2 * (g * g)
@@ -129,21 +120,40 @@ def adamw(
 
 
 @triton.jit(do_not_specialize=PLAIN)
-def sgd(
-    gradient, master, buffer, weight, remainder, table, count, scale,
-    decay, momentum, of_gradient, of_buffer, lr, position, key1,
+def adamw(
+    gradient, master, first, second, weight, remainder, table, count, scale,
+    keep, beta1, rest1, beta2, rest2, root, eps, size, position, key1, key2,
     split: tl.constexpr, writes: tl.constexpr, many: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Update one block; see `SGD.scalars`, and `rows_of` for the table of many slabs."""
-    at = tl.arange(0, block).to(tl.int64)
+    """Update one block of one slab, or of those of a table; see `rows_of`."""
+    start = tl.program_id(0).to(tl.int64) * block
     if many:
+        start *= 0
         gradient, master = entry(table, 0, gradient), entry(table, 1, master)
         weight, remainder = entry(table, 2, weight), entry(table, 3, remainder)
-        count, position = entry(table, 4, at), entry(table, 5, at)
-        buffer = entry(table, 6, buffer)
+        count, position = entry(table, 4, start), entry(table, 5, start)
+        first, second = entry(table, 6, first), entry(table, 7, second)
+    at = start + tl.arange(0, block)
+    # Whole blocks go without a mask, so that several elements move in one instruction.
+    if start + block <= count:
+        adamw_block(
+            gradient, master, first, second, weight, remainder, at, None, scale,
+            keep, beta1, rest1, beta2, rest2, root, eps, size, position, key1, key2, split, writes,
+        )  # fmt: skip
     else:
-        at += tl.program_id(0).to(tl.int64) * block
-    mask = at < count
+        adamw_block(
+            gradient, master, first, second, weight, remainder, at, at < count, scale,
+            keep, beta1, rest1, beta2, rest2, root, eps, size, position, key1, key2, split, writes,
+        )  # fmt: skip
+
+
+@triton.jit
+def sgd_block(
+    gradient, master, buffer, weight, remainder, at, mask, scale,
+    decay, momentum, of_gradient, of_buffer, lr, position, key1,
+    split: tl.constexpr, writes: tl.constexpr,
+):  # fmt: skip
+    """Update the elements of one block; see `SGD.scalars`."""
     w = load_master(master, remainder, at, mask, split)
     g = tl.load(gradient + at, mask=mask).to(tl.float32) * scale + decay * w
     b = momentum * tl.load(buffer + at, mask=mask).to(tl.float32) + g
@@ -155,17 +165,57 @@ def sgd(
         store_nearest(weight + at, w, mask)
 
 
+@triton.jit(do_not_specialize=PLAIN)
+def sgd(
+    gradient, master, buffer, weight, remainder, table, count, scale,
+    decay, momentum, of_gradient, of_buffer, lr, position, key1,
+    split: tl.constexpr, writes: tl.constexpr, many: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Update one block of one slab, or of those of a table; see `rows_of`."""
+    start = tl.program_id(0).to(tl.int64) * block
+    if many:
+        start *= 0
+        gradient, master = entry(table, 0, gradient), entry(table, 1, master)
+        weight, remainder = entry(table, 2, weight), entry(table, 3, remainder)
+        count, position = entry(table, 4, start), entry(table, 5, start)
+        buffer = entry(table, 6, buffer)
+    at = start + tl.arange(0, block)
+    # Whole blocks go without a mask, so that several elements move in one instruction.
+    if start + block <= count:
+        sgd_block(
+            gradient, master, buffer, weight, remainder, at, None, scale,
+            decay, momentum, of_gradient, of_buffer, lr, position, key1, split, writes,
+        )  # fmt: skip
+    else:
+        sgd_block(
+            gradient, master, buffer, weight, remainder, at, at < count, scale,
+            decay, momentum, of_gradient, of_buffer, lr, position, key1, split, writes,
+        )  # fmt: skip
+
+
+@triton.jit
+def in_float64(x):
+    """Widen; by way of float32, which Triton's interpreter too widens bfloat16 to."""
+    if x.dtype == tl.float64:
+        return x
+    else:  # noqa: RET505  (both branches must not be compiled)
+        return x.to(tl.float32).to(tl.float64)
+
+
 @triton.jit(do_not_specialize=["count"])
 def squares(values, partial, count, block: tl.constexpr, turns: tl.constexpr):
     """Sum the squares of one stretch, in float64."""
     start = tl.program_id(0).to(tl.int64) * (block * turns)
     total = tl.zeros([block], tl.float64)
-    for turn in range(turns):
-        at = start + turn * block + tl.arange(0, block)
-        x = tl.load(values + at, mask=at < count, other=0.0)
-        # By way of float32, which also Triton's interpreter widens bfloat16 to.
-        wide = (x if x.dtype == tl.float64 else x.to(tl.float32)).to(tl.float64)
-        total += wide * wide
+    if start + block * turns <= count:
+        for turn in range(turns):
+            wide = in_float64(tl.load(values + start + turn * block + tl.arange(0, block)))
+            total += wide * wide
+    else:
+        for turn in range(turns):
+            at = start + turn * block + tl.arange(0, block)
+            wide = in_float64(tl.load(values + at, mask=at < count, other=0.0))
+            total += wide * wide
     tl.store(partial + tl.program_id(0), tl.sum(total, 0))
 
 

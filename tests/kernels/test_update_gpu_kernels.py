@@ -2,7 +2,11 @@
 touched beside them.
 """
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="tests/gpu runs the kernels themselves"
 )
+ROOT = Path(__file__).resolve().parents[2]
 EACH_RULE = pytest.mark.parametrize("rule", RULES, ids=["adamw", "sgd", "nesterov"])
 EACH_FORM = pytest.mark.parametrize("form", FORMS)
 
@@ -130,3 +135,53 @@ def test_the_sum_of_squares_of_nothing_is_zero() -> None:
     from interlace.kernels.update.gpu import sum_of_squares_on_gpu
 
     assert float(sum_of_squares_on_gpu(torch.empty(0))) == 0.0
+
+
+COMPILE = """
+import re
+from compile_cases import ptx_of
+from interlace.kernels.update import gpu
+integers = {"count": "i32", "position": "i32", "key1": "i32", "key2": "i32", "table": "*i64"}
+state = {"gradient": "*bf16", "master": "*fp32", "first": "*fp32", "second": "*fp32"}
+state |= {"buffer": "*fp32", "weight": "*bf16", "remainder": "*i16"}
+block = {"block": gpu.BLOCK}
+cases = [
+    (kernel, state | integers, {"split": False, "writes": True, "many": many, **block})
+    for kernel in (gpu.adamw, gpu.sgd)
+    for many in (False, True)
+]
+sums = {"values": "*bf16", "partial": "*fp64", "count": "i32"}
+cases.append((gpu.squares, sums, {"turns": 4, **block}))
+for capability in (80, 90):
+    for kernel, types, constants in cases:
+        options = {} if kernel is gpu.squares else {"enable_fp_fusion": False}
+        ptx = ptx_of(kernel, types, constants, capability=capability, options=options)
+        wide = [len(re.findall(rf"{way}.global.v4.b32", ptx)) for way in ("ld", "st")]
+        fused = len(re.findall(r"fma.rn.f32|(?:div|sqrt).(?:approx|full)", ptx))
+        print(kernel.__name__, constants.get("many"), *wide, fused)
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_and_move_16_bytes_at_a_time(tmp_path: Path) -> None:
+    # A block of 1024 elements on 128 threads: 8 each, 16 bytes of bfloat16 or twice that of fp32.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "cases")]),
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    expected = [
+        # Gradient and three of state in; three of state and the weight out: 28 bytes an element.
+        "adamw False 7 7 0",
+        "adamw True 0 0 0",
+        "sgd False 5 5 0",
+        "sgd True 0 0 0",
+        "squares None 4 0 0",
+    ]
+    assert done.stdout.splitlines() == 2 * expected, done.stderr[-2000:]
