@@ -62,12 +62,13 @@ def documents(kind: str, batch: int, length: int) -> torch.Tensor | None:
 
 def weighted(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Return a number whose gradient differs at every element of every output."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
     for n, output in enumerate(outputs):
         generator = torch.Generator().manual_seed(100 + n)
         weight = torch.randn(output.shape, generator=generator)
         # Rounded here, so that no gradient is on its way into a narrow dtype.
-        total = total + (output.double() * weight.bfloat16().double()).sum()
+        weight = weight.bfloat16().double().to(output.device)
+        total = total + (output.double() * weight).sum()
     return total
 
 
