@@ -13,18 +13,19 @@ import triton.language as tl
 from interlace.kernels.attention.triton.tiles import (
     bend,
     column_walk,
+    key_at,
     key_range,
-    keys_of,
     load_aligned,
     load_lse,
     load_numbers,
     load_rows,
     load_slope,
+    load_tile,
     operand,
     pairs_seen,
     pairs_seen_by_keys,
     product,
-    queries_of,
+    query_at,
     query_range,
     row_walk,
     store_numbers,
@@ -59,9 +60,10 @@ def backward_rows_kernel(
     walk = row_walk(seen, sizes, blocks, batch, head, rows, first, last, how)
     for stage in tl.static_range(3):
         for step in tl.range(walk[stage], walk[stage + 1]):
-            columns, kind = keys_of(blocks, batch, head, rows, step, how)
-            keys = load_rows(k, k_strides, batch, key_head, columns, sizes.keys, how)
-            values = load_rows(v, v_strides, batch, key_head, columns, sizes.keys, how)
+            at, kind = key_at(blocks, batch, head, rows, step, how)
+            columns = at + tl.arange(0, how.COLUMNS)
+            keys = load_tile(k, k_strides, batch, key_head, at, how.COLUMNS, sizes.keys, how)
+            values = load_tile(v, v_strides, batch, key_head, at, how.COLUMNS, sizes.keys, how)
             products = product(queries, tl.trans(keys), how)
             logits, bent = bend(products, aligned, columns[None, :], slope, sizes, how)
             weights = tl.exp2(logits - level[:, None])
@@ -102,10 +104,11 @@ def backward_columns_kernel(
         walk = column_walk(seen, sizes, blocks, batch, head, columns, above, below, how)
         for stage in tl.static_range(3):
             for step in tl.range(walk[stage], walk[stage + 1]):
-                rows, kind = queries_of(blocks, batch, head, columns, step, how)
-                queries = load_rows(q, q_strides, batch, head, rows, sizes.queries, how)
-                gradient = load_rows(
-                    grad_out, grad_out_strides, batch, head, rows, sizes.queries, how
+                at, kind = query_at(blocks, batch, head, columns, step, how)
+                rows = at + tl.arange(0, how.ROWS)
+                queries = load_tile(q, q_strides, batch, head, at, how.ROWS, sizes.queries, how)
+                gradient = load_tile(
+                    grad_out, grad_out_strides, batch, head, at, how.ROWS, sizes.queries, how
                 )
                 level = load_lse(lse, sizes, batch, head, rows)
                 offset = load_numbers(delta, sizes, batch, head, rows)

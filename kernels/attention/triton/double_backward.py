@@ -27,18 +27,19 @@ import triton.language as tl
 from interlace.kernels.attention.triton.tiles import (
     bend,
     column_walk,
+    key_at,
     key_range,
-    keys_of,
     load_aligned,
     load_lse,
     load_numbers,
     load_rows,
     load_slope,
+    load_tile,
     operand,
     pairs_seen,
     pairs_seen_by_keys,
     product,
-    queries_of,
+    query_at,
     query_range,
     row_walk,
     store_numbers,
@@ -68,9 +69,10 @@ def tangent_kernel(
     walk = row_walk(seen, sizes, blocks, batch, head, rows, first, last, how)
     for stage in tl.static_range(3):
         for step in tl.range(walk[stage], walk[stage + 1]):
-            columns, kind = keys_of(blocks, batch, head, rows, step, how)
-            keys = load_rows(k, k_strides, batch, key_head, columns, sizes.keys, how)
-            moves_k = load_rows(y, y_strides, batch, key_head, columns, sizes.keys, how)
+            at, kind = key_at(blocks, batch, head, rows, step, how)
+            columns = at + tl.arange(0, how.COLUMNS)
+            keys = load_tile(k, k_strides, batch, key_head, at, how.COLUMNS, sizes.keys, how)
+            moves_k = load_tile(y, y_strides, batch, key_head, at, how.COLUMNS, sizes.keys, how)
             products = product(queries, tl.trans(keys), how)
             logits, bent = bend(products, aligned, columns[None, :], slope, sizes, how)
             weights = tl.exp2(logits - level[:, None])
@@ -85,9 +87,9 @@ def tangent_kernel(
                 moved *= 1.0 - bent * bent
             moved *= weights
             mean += tl.sum(moved, 1)
-            values = load_rows(v, v_strides, batch, key_head, columns, sizes.keys, how)
+            values = load_tile(v, v_strides, batch, key_head, at, how.COLUMNS, sizes.keys, how)
             sums += product(operand(moved, v, how), values, how)
-            moves_v = load_rows(z, z_strides, batch, key_head, columns, sizes.keys, how)
+            moves_v = load_tile(z, z_strides, batch, key_head, at, how.COLUMNS, sizes.keys, how)
             sums += product(operand(weights, z, how), moves_v, how)
     outputs = load_rows(out, out_strides, batch, head, rows, sizes.queries, how)
     sums -= mean[:, None] * outputs
@@ -132,11 +134,12 @@ def double_backward_rows_kernel(
     walk = row_walk(seen, sizes, blocks, batch, head, rows, first, last, how)
     for stage in tl.static_range(3):
         for step in tl.range(walk[stage], walk[stage + 1]):
-            columns, kind = keys_of(blocks, batch, head, rows, step, how)
-            keys = load_rows(k, k_strides, batch, key_head, columns, sizes.keys, how)
-            moves_k = load_rows(y, y_strides, batch, key_head, columns, sizes.keys, how)
-            values = load_rows(v, v_strides, batch, key_head, columns, sizes.keys, how)
-            moves_v = load_rows(z, z_strides, batch, key_head, columns, sizes.keys, how)
+            at, kind = key_at(blocks, batch, head, rows, step, how)
+            columns = at + tl.arange(0, how.COLUMNS)
+            keys = load_tile(k, k_strides, batch, key_head, at, how.COLUMNS, sizes.keys, how)
+            moves_k = load_tile(y, y_strides, batch, key_head, at, how.COLUMNS, sizes.keys, how)
+            values = load_tile(v, v_strides, batch, key_head, at, how.COLUMNS, sizes.keys, how)
+            moves_v = load_tile(z, z_strides, batch, key_head, at, how.COLUMNS, sizes.keys, how)
             products = product(queries, tl.trans(keys), how)
             logits, bent = bend(products, aligned, columns[None, :], slope, sizes, how)
             weights = tl.exp2(logits - level[:, None])
@@ -210,11 +213,12 @@ def double_backward_columns_kernel(
         walk = column_walk(seen, sizes, blocks, batch, head, columns, above, below, how)
         for stage in tl.static_range(3):
             for step in tl.range(walk[stage], walk[stage + 1]):
-                rows, kind = queries_of(blocks, batch, head, columns, step, how)
-                queries = load_rows(q, q_strides, batch, head, rows, sizes.queries, how)
-                moves_q = load_rows(x, x_strides, batch, head, rows, sizes.queries, how)
-                gradient = load_rows(
-                    grad_out, grad_out_strides, batch, head, rows, sizes.queries, how
+                at, kind = query_at(blocks, batch, head, columns, step, how)
+                rows = at + tl.arange(0, how.ROWS)
+                queries = load_tile(q, q_strides, batch, head, at, how.ROWS, sizes.queries, how)
+                moves_q = load_tile(x, x_strides, batch, head, at, how.ROWS, sizes.queries, how)
+                gradient = load_tile(
+                    grad_out, grad_out_strides, batch, head, at, how.ROWS, sizes.queries, how
                 )
                 level = load_lse(lse, sizes, batch, head, rows)
                 offset = load_numbers(delta, sizes, batch, head, rows)

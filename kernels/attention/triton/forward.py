@@ -9,11 +9,12 @@ import triton.language as tl
 from interlace.kernels.attention.triton.tiles import (
     LOG2E,
     bend,
+    key_at,
     key_range,
-    keys_of,
     load_aligned,
     load_rows,
     load_slope,
+    load_tile,
     operand,
     pairs_seen,
     product,
@@ -43,8 +44,9 @@ def forward_kernel(
     walk = row_walk(seen, sizes, blocks, batch, head, rows, first, last, how)
     for stage in tl.static_range(3):
         for step in tl.range(walk[stage], walk[stage + 1]):
-            columns, kind = keys_of(blocks, batch, head, rows, step, how)
-            keys = load_rows(k, k_strides, batch, key_head, columns, sizes.keys, how)
+            at, kind = key_at(blocks, batch, head, rows, step, how)
+            columns = at + tl.arange(0, how.COLUMNS)
+            keys = load_tile(k, k_strides, batch, key_head, at, how.COLUMNS, sizes.keys, how)
             products = product(queries, tl.trans(keys), how)
             logits, _ = bend(products, aligned, columns[None, :], slope, sizes, how)
             if stage != 1:
@@ -57,7 +59,7 @@ def forward_kernel(
             base = tl.where(highest == float("-inf"), 0.0, highest)
             weights = tl.exp2(logits - base[:, None])
             shrink = tl.exp2(top - base)
-            values = load_rows(v, v_strides, batch, key_head, columns, sizes.keys, how)
+            values = load_tile(v, v_strides, batch, key_head, at, how.COLUMNS, sizes.keys, how)
             sums = sums * shrink[:, None] + product(operand(weights, v, how), values, how)
             total = total * shrink + tl.sum(weights, 1)
             top = highest

@@ -156,7 +156,7 @@ def load_tile(pointer, strides, batch, head, start, LENGTH: tl.constexpr, count,
     same, fit 32 bits (`launch.rows_together`).
     """
     begin = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-    begin += start.to(tl.int64) * strides[2]
+    begin += tl.cast(start, tl.int64) * strides[2]
     rows = tl.arange(0, LENGTH)
     places = rows[:, None] * strides[2] + tl.arange(0, how.PADDED)[None, :]
     inside = inside_of(rows, count - start, how)
