@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch
 
-from interlace.kernels.attention import reference, sdpa
+from interlace.kernels.attention import flash_attn, flex, reference, sdpa
 from interlace.kernels.attention.differentiation import attend
 from interlace.kernels.attention.first_order import first_order_only
+from interlace.kernels.attention.measurements import constant
 from interlace.kernels.attention.request import Request
 from interlace.kernels.attention.scoring import Scoring
 from interlace.kernels.triton_language import why_no_triton
@@ -53,7 +54,7 @@ def nothing(request: Request) -> None:
 
 def triton_obstacle(request: Request) -> str | None:
     """Return why the Triton kernels cannot serve a request, or None."""
-    missing = why_no_triton()
+    missing = triton_missing()
     if missing is not None:
         return missing
     if request.head_width > 256:
@@ -69,6 +70,13 @@ def triton_obstacle(request: Request) -> str | None:
     return None
 
 
+@constant
+def triton_missing() -> str | None:
+    """Return why there is no Triton, or None; compilers ask once."""
+    return why_no_triton()
+
+
+@constant
 def triton_is_interpreted() -> bool:
     """Return whether Triton kernels run in the interpreter; Triton must be there."""
     from interlace.kernels.attention.triton.tuning import INTERPRETED
@@ -106,6 +114,20 @@ BACKENDS = {
             order=1,
             obstacle=sdpa.obstacle,
             run=run_sdpa,
+        ),
+        Backend(
+            name="flex",
+            what="torch's FlexAttention, which skips hidden blocks",
+            order=1,
+            obstacle=flex.obstacle,
+            run=flex.attention,
+        ),
+        Backend(
+            name="flash_attn",
+            what="Dao-AILab's flash-attn package",
+            order=1,
+            obstacle=flash_attn.obstacle,
+            run=flash_attn.attention,
         ),
         Backend(
             name="triton",

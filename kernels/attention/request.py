@@ -27,10 +27,11 @@ class Request:
         mask: The most general kind of mask that is needed.
         causal: Whether keys after the aligned one are hidden, whatever the mask hides besides.
         extras: What else there is: `softcap`, `alibi`, `lse` (asked for, or needed by sinks),
-            `empty_rows` (some queries may see no key).
+            `empty_rows` (some queries may see no key), `segments` (ids decide pair by pair).
         order: How often the result will be differentiated.
         needs_grad: Whether it will be differentiated at all.
         deterministic: Whether equal inputs must give equal bits.
+        compiling: Whether a compiler is tracing the call.
     """
 
     device: str
@@ -48,6 +49,13 @@ class Request:
     order: int
     needs_grad: bool
     deterministic: bool
+    compiling: bool = False
+
+    @property
+    def whole_mask(self) -> bool:
+        """Whether a kernel that knows only causal order of equal lengths needs all pairs' mask."""
+        simple = self.mask == "none" or (self.mask == "causal" and self.queries == self.keys)
+        return not simple or "alibi" in self.extras
 
 
 def request_of(
@@ -64,6 +72,7 @@ def request_of(
         "empty_rows": pairs
         or mask == "block_sparse"
         or (mask != "none" and q.shape[2] > k.shape[2]),
+        "segments": options.segment_ids is not None or options.dilation > 1,
     }
     return Request(
         device=q.device.type,
@@ -81,6 +90,7 @@ def request_of(
         order=order,
         needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        compiling=torch.compiler.is_compiling(),
     )
 
 

@@ -59,6 +59,16 @@ def additive(scoring: Scoring, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor
     return bias if mask is None else bias.masked_fill(~mask, float("-inf"))
 
 
+def known_bad(request: Request) -> str | None:
+    """Return which of torch's kernels is known to be wrong for a request, or None."""
+    if request.device == "cuda" and request.whole_mask and request.keys % 128 == 64:
+        return (
+            f"without cuDNN here: with a mask, its backward gives NaN where the number of keys "
+            f"({request.keys}) modulo 128 is 64 (pytorch issue 196678)"
+        )
+    return None
+
+
 def without_bad_cells(q: torch.Tensor, mask: torch.Tensor | None) -> AbstractContextManager[object]:
     """Return a context without kernels that are known to be wrong for these inputs.
 
