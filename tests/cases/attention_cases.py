@@ -46,15 +46,15 @@ def letters(b: Any, h: Any, i: Any, j: Any) -> Any:
 
 BLOCKS = create_block_mask(letters, None, None, 40, 40, device="cpu", BLOCK_SIZE=16)
 PER_HEAD = create_block_mask(
-    lambda b, h, i, j: ((i + h) // 16 >= j // 16) & (j % 5 != b),
-    2, 4, 40, 33, device="cpu", BLOCK_SIZE=16,
+    lambda b, h, i, j: ((i + h) // 16 + 1 >= j // 16) & (j % 5 != b),
+    2, 2, 20, 33, device="cpu", BLOCK_SIZE=16,
 )  # fmt: skip
 
 CASES = {
     "causal": Case(),
     "full": Case(options={"causal": False}),
     "one key head": Case(heads=3, groups=1),
-    "grouped": Case(heads=6, groups=2, batch=2),
+    "grouped": Case(heads=4, groups=2, batch=2, queries=18, keys=18),
     "window": Case(options={"window": 4}),
     "window to both sides": Case(options={"window": (3, 2), "causal": False}),
     "window to the left only": Case(options={"window": (-1, 0), "causal": False}),
@@ -101,7 +101,7 @@ CASES = {
     ),
     "block sparse": Case(queries=40, keys=40, options={"block_mask": BLOCKS}),
     "block sparse per head": Case(
-        heads=4, batch=2, queries=40, keys=33, options={"block_mask": PER_HEAD, "causal": True}
+        heads=2, batch=2, queries=20, keys=33, options={"block_mask": PER_HEAD, "causal": True}
     ),
     "narrow heads": Case(width=3, options={"softcap": 3.0, "window": 6}),
 }
