@@ -37,10 +37,9 @@ def earlier_rows(
     is of another document.
     """
     there = (numbers_at(documents, row - back, length, rows, has_documents) == own) & (own >= 0)
-    in_row = row % length >= back
     columns = (channel < channels)[None, :]
     place = (row - back)[:, None] * x_stride + channel[None, :]
-    found = tl.load(x + place, mask=(there & in_row)[:, None] & columns, other=0.0).to(tl.float32)
+    found = tl.load(x + place, mask=there[:, None] & columns, other=0.0).to(tl.float32)
     if has_state:
         # Only the first document of a row of the batch continues the state.
         first = row // length

@@ -12,6 +12,7 @@ from ssd_cases import (
     largest_error,
     scan_inputs,
     values_and_gradients,
+    with_mixed_steps,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -184,15 +185,13 @@ def test_sixteen_thousand_positions_in_bfloat16_stay_finite(scale: float) -> Non
 
 
 def test_decays_are_right_where_large_and_small_steps_mix() -> None:
-    tensors = scan_inputs(1, 512, 2, 4, 1, 4)
-    tensors["dt"] = (
-        torch.where(torch.arange(512)[None, :, None] % 8 == 0, 20.0, 1e-3) * (tensors["dt"])
-    )
+    tensors = with_mixed_steps(scan_inputs(1, 512, 2, 4, 1, 4))
     exact = values_and_gradients(ssd, tensors, backend="reference")
     narrow = {name: tensor.float() for name, tensor in tensors.items()}
     for backend in ("reference", "chunked"):
         found = values_and_gradients(ssd, narrow, backend=backend)
-        assert largest_error(found, exact) < (2e-5, ""), backend
+        # Differences of sums from the beginning of a chunk miss this by a factor of five.
+        assert largest_error(found, exact) < (1e-6, ""), backend
 
 
 class Elements(TorchDispatchMode):

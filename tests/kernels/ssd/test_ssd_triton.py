@@ -19,6 +19,7 @@ from ssd_cases import (
     programs_in_another_order,
     scan_inputs,
     values_and_gradients,
+    with_mixed_steps,
 )
 
 from interlace.kernels import ssd
@@ -135,6 +136,12 @@ def test_kernels_bear_small_and_large_steps(scale: float) -> None:
     tensors["dt"] = (tensors["dt"] * scale).float().double()
     found = through_kernels(tensors, None, chunk=32)
     assert largest_error(found, exactly(tensors, None)) < (5e-6, "")
+
+
+def test_decays_are_right_where_large_and_small_steps_mix() -> None:
+    tensors = with_mixed_steps(scan_inputs(1, 200, 1, 2, 1, 3))
+    found = through_kernels(tensors, None)
+    assert largest_error(found, exactly(tensors, None)) < (1e-6, "")
 
 
 def test_packed_documents_give_the_bits_of_separate_runs() -> None:
