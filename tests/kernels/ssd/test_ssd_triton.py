@@ -139,7 +139,8 @@ def test_kernels_bear_small_and_large_steps(scale: float) -> None:
 
 
 def test_decays_are_right_where_large_and_small_steps_mix() -> None:
-    tensors = with_mixed_steps(scan_inputs(1, 200, 1, 2, 1, 3))
+    # Sums reach -300; without what fp32 lacks of them errors are sixty times as large.
+    tensors = with_mixed_steps(scan_inputs(1, 200, 1, 2, 1, 3, seed=2))
     found = through_kernels(tensors, None)
     assert largest_error(found, exactly(tensors, None)) < (1e-6, "")
 
