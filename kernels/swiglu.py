@@ -44,8 +44,11 @@ class GatedProduct(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Compute the product."""
         ctx.save_for_backward(gate, up)
-        # In place; types are promoted inside the product, a cast of `up` would be a copy.
-        return functional.silu(widened(gate)).mul_(up).to(gate.dtype)
+        # Types are promoted inside the product; a cast of `up` would be a copy.
+        product = functional.silu(widened(gate)) * up
+        # Nothing that returns its own input comes last, no cast to the same dtype and no operation
+        # in place: under torch.compile of torch 2.11 all gradients would be zero.
+        return product if product.dtype == gate.dtype else product.to(gate.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
