@@ -42,6 +42,14 @@ examples:
   interlace plan gpt_7b_offload --hardware mine.json offload.strategy=host
 """
 
+DOCTOR_EXAMPLES = """\
+examples:
+  interlace doctor                                   what this machine has, and what is missing
+  interlace doctor quickstart                        which attention a recipe takes here, and why
+  interlace doctor quickstart model.attention_backend=chunked
+  INTERLACE_ATTENTION=chunked interlace doctor quickstart
+"""
+
 PROFILE_EXAMPLES = """\
 known machines: {machines}
 
@@ -64,10 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands: AddParser = subparsers.add_parser
     recipes = add(commands, "recipes", "list the shipped recipes")
     recipes.add_argument("--json", action="store_true", help="print JSON")
-    train = add(commands, "train", "train a model, or continue a run", recipe=True)
+    train = add(commands, "train", "train a model, or continue a run", recipe=True, optional=True)
     train.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     add_plan(commands)
     add_profile(commands)
+    add_doctor(commands)
     why = add(commands, "why", "tell where a setting's value comes from")
     why.add_argument("setting", metavar="SECTION.KEY", help="the setting, as in model.width")
     why.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
@@ -136,6 +145,20 @@ def add_profile(commands: AddParser) -> None:
     )
 
 
+def add_doctor(commands: AddParser) -> None:
+    """Add the `doctor` command."""
+    doctor = add(
+        commands,
+        "doctor",
+        "tell what this machine has and which attention a recipe takes on it, and why",
+        recipe=True,
+        optional=True,
+    )
+    doctor.formatter_class = argparse.RawDescriptionHelpFormatter
+    doctor.epilog = DOCTOR_EXAMPLES
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+
+
 def machine_names() -> list[str]:
     """Return the names of the machines that ship; they are files, so that nothing is imported."""
     folder = resources.files("interlace") / "offload" / "machines"
@@ -174,11 +197,11 @@ def add(
     name: str,
     summary: str,
     recipe: bool = False,
+    optional: bool = False,
 ) -> argparse.ArgumentParser:
-    """Add one command, with recipe and overrides where it takes them."""
+    """Add one command, with recipe, which may be optional, and overrides where it takes them."""
     command = commands(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
     if recipe:
-        optional = name == "train"
         command.add_argument(
             "recipe", nargs="?" if optional else None, metavar="RECIPE", help=RECIPE_HELP
         )

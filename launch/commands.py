@@ -161,6 +161,20 @@ def measured_now() -> "HardwareProfile":
     return measured
 
 
+def doctor(arguments: Namespace) -> int:
+    """Tell what this machine has, and which attention a recipe takes on it."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides) if arguments.recipe else None
+    from interlace.launch.doctor_page import attention_of, doctor_page, machine
+
+    found = machine()
+    attention = None if recipe is None else attention_of(recipe.config)
+    if arguments.json:
+        print(json.dumps({"machine": asdict(found), "attention": attention}, indent=2))
+        return 0
+    print(doctor_page(found, recipe, attention))
+    return 0
+
+
 def why(arguments: Namespace) -> int:
     """Tell where a value comes from: every layer that set it, the last one wins."""
     settings = all_settings()

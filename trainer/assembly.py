@@ -16,6 +16,7 @@ from interlace.offload.cores import local_ranks
 from interlace.offload.hardware import HardwareProfile, profile_hardware, with_active_ranks
 from interlace.offload.measure import known_profile
 from interlace.offload.report import UpdateReport
+from interlace.trainer.attention_choice import check_attention
 from interlace.trainer.batches import StepBatches
 from interlace.trainer.checkpoint.state import Progress, TrainingState, load_newest
 from interlace.trainer.config.schema import RunConfig
@@ -117,6 +118,7 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
     plan = resolve(config, setting)
     if plan.offload.impossible:
         raise ConfigError(plan.offload.impossible)
+    check_attention(config, world.device, plan.microbatch_rows)
     training, validation = TrainingRows(corpus, config), ValidationRows(corpus, config)
     torch.manual_seed(config.run.seed + world.rank)
     model = build_model(config, plan, world)

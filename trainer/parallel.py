@@ -34,8 +34,11 @@ EXPENSIVE_OPERATIONS = (
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
+    "attention_forward",
 )
-"""Matrix products and attention: what selective checkpointing keeps instead of recomputing."""
+"""Matrix products and attention, torch's and ours: what selective checkpointing keeps instead of
+recomputing.
+"""
 
 
 def recompute_layers(layers: Sequence[nn.Module], mode: str) -> None:
@@ -56,9 +59,10 @@ def checkpointed(selective: bool, forward: LayerForward) -> LayerForward:
 def keep_expensive() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
     """Return the contexts under which only cheap operations are recomputed."""
     operations = [
-        getattr(torch.ops.aten, name).default
+        getattr(namespace, name).default
+        for namespace in (torch.ops.aten, torch.ops.interlace)
         for name in EXPENSIVE_OPERATIONS
-        if hasattr(torch.ops.aten, name)
+        if hasattr(namespace, name)
     ]
 
     def policy(_: object, operation: object, *__: object, **___: object) -> CheckpointPolicy:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from interlace.offload.hardware import HardwareProfile, with_active_ranks
 from interlace.offload.schedule import Schedule
+from interlace.trainer.attention_choice import attention_backend
 from interlace.trainer.capacity import DeviceMemory, Memory
 from interlace.trainer.communication import Traffic, communication_seconds
 from interlace.trainer.config.schema import RunConfig
@@ -277,9 +278,12 @@ def fixed_memory(
         bytes_per_element=element_bytes,
         checkpointing=config.train.activation_checkpointing,
     )
+    # What is kept for backward depends on whose attention it is.
+    backend = attention_backend(config, setting.device_type, rows)
+    model = config.model.model_copy(update={"attention_backend": backend})
     return DeviceMemory(
         weights=element_bytes * shard,
-        activations=activation_bytes(config.model, setting.vocabulary_size, forward),
+        activations=activation_bytes(model, setting.vocabulary_size, forward),
         gathered_weights=2 * element_bytes * whole // blocks if sharded else 0,
     )
 

@@ -26,6 +26,8 @@ from interlace.trainer.errors import CheckpointError, ConfigError
 FIXED_SECTIONS = ("model", "data")
 FIXED_SETTINGS = ("run.seed", "train.tokens_per_step")
 FREE_SETTINGS = ("data.workers", "data.prepared_dir")
+NOTED_SETTINGS = ("model.attention_backend",)
+"""Settings of fixed sections that a continued run may change: kernels agree up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def continuation_notes(saved: RunConfig, asked: RunConfig, path: Path) -> tuple[
 
 def is_fixed(key: str) -> bool:
     """Whether a setting belongs to the mathematics that a checkpoint presumes."""
-    if key in FREE_SETTINGS:
+    if key in FREE_SETTINGS or key in NOTED_SETTINGS:
         return False
     return key in FIXED_SETTINGS or key.split(".")[0] in FIXED_SECTIONS
 

@@ -47,7 +47,9 @@ def load_saved_model(run: Path, device: torch.device | None = None) -> SavedMode
         raise CheckpointError(f"{run}: has no {TOKENIZER_NAME}; the run has not started training")
     weights, scalars = read_weights(CheckpointStore(run / "checkpoints"))
     with torch.device("meta"):
-        model = LanguageModel(config.model, scalars.vocabulary_size)
+        # A model may be used where its training's kernels are not.
+        shape = config.model.model_copy(update={"attention_backend": "auto"})
+        model = LanguageModel(shape, scalars.vocabulary_size)
     model.load_state_dict(weights, assign=True)
     model = model.to(device or torch.device("cpu")).eval()
     return SavedModel(model, load_tokenizer(run / TOKENIZER_NAME), config, scalars.progress.step)

@@ -31,7 +31,8 @@ def obstacle(request: Request) -> str | None:
         return f"it runs on GPUs, and the tensors are on {request.device}"
     if request.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes fp16 and bf16, and this is {str(request.dtype).removeprefix('torch.')}"
-    if int(request.architecture.removeprefix("sm") or 0) < int(OLDEST_GPU[2:]):
+    capability = request.architecture.removeprefix("sm")
+    if capability.isdigit() and int(capability) < int(OLDEST_GPU[2:]):
         return f"it needs {OLDEST_GPU} or newer, and this GPU is {request.architecture}"
     if request.head_width > 256 or request.head_width % 8:
         return (

@@ -8,6 +8,7 @@ import torch
 
 from interlace.kernels.attention.block_sparse import read_block_mask
 from interlace.kernels.attention.scoring import Scoring
+from interlace.kernels.attention.shared import made_once
 
 Both = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 """One tensor for keys and queries alike, or one for the queries and one for the keys."""
@@ -67,9 +68,17 @@ def describe(q: torch.Tensor, k: torch.Tensor, options: Options) -> Scoring:
     if options.segment_ids is not None:
         if isinstance(options.segment_ids, tuple):
             return in_segments(scoring, *options.segment_ids)
-        return in_segments(scoring, options.segment_ids[:, keys - queries :], options.segment_ids)
+        ids = options.segment_ids
+        key = ("segments", queries, scoring.left, scoring.right)
+        cut = lambda: in_segments(scoring, ids[:, keys - queries :], ids)[5:10]  # noqa: E731
+        return Scoring(*scoring[:5], *made_once(ids, key, cut), *scoring[10:])
     if options.cu_seqlens is not None:
-        return in_documents(scoring, q, k, options.cu_seqlens)
+        if isinstance(options.cu_seqlens, tuple):
+            return in_documents(scoring, q, k, options.cu_seqlens)
+        ids = options.cu_seqlens
+        key = ("documents", q.shape[0], queries, keys, scoring.left, scoring.right)
+        cut = lambda: in_documents(scoring, q, k, ids)[5:10]  # noqa: E731
+        return Scoring(*scoring[:5], *made_once(ids, key, cut), *scoring[10:])
     return scoring
 
 

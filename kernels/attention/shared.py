@@ -28,7 +28,9 @@ def made_once(source: torch.Tensor, key: Hashable, make: Callable[[], Made]) -> 
         key: Everything else that does.
         make: Makes it; the result must not hold `source` itself, which it would keep alive.
     """
-    if torch.compiler.is_compiling() or source.is_inference():
+    # Tensors of inference mode have no version, and must not reach a training step.
+    apart = source.is_inference() or torch.is_inference_mode_enabled()
+    if torch.compiler.is_compiling() or apart:
         return make()
     version, results = KEPT.get(source, (None, {}))
     if version != source._version:

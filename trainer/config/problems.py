@@ -56,6 +56,8 @@ SYNONYMS = {
     "intermediate_size": "model.ffn_width",
     "rope_theta": "model.rope_base",
     "qk_norm": "model.query_key_norm",
+    "attn_implementation": "model.attention_backend",
+    "attention_implementation": "model.attention_backend",
     "save_every": "checkpoint.every_steps",
     "save_interval": "checkpoint.every_steps",
     "log_interval": "observe.log_every_steps",

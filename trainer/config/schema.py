@@ -78,6 +78,13 @@ class ModelSection(Section):
     norm_epsilon: Annotated[float, Field(gt=0.0)] = 1e-5
     """Added to the mean square inside RMSNorm."""
 
+    attention_backend: Literal[
+        "auto", "reference", "chunked", "sdpa", "flex", "flash_attn", "triton"
+    ] = "auto"
+    """Kernels of attention; auto: as measured, `interlace doctor RECIPE` says which and why. A name
+    wins over the environment variable INTERLACE_ATTENTION.
+    """
+
 
 class SourceSection(Section):
     """One source of a mixture."""

@@ -15,6 +15,11 @@ from interlace.trainer.models.shapes import head_width
 
 Checkpointing = Literal["none", "block", "selective"]
 
+DOCUMENT_BYTES = 16
+"""What all attention blocks share of one token: the range of keys it sees, and the documents it is
+in as a query and as a key, four 32-bit numbers.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardPass:
@@ -86,7 +91,8 @@ def kept_bytes(config: ModelSection, forward: ForwardPass) -> int:
     rotary = 2 * head_width(config) * element
     # The head's gradient of its input is computed in the forward pass.
     head = config.width * element
-    per_token = config.layers * layer + norm_bytes(config, element) + rotary + head
+    documents = DOCUMENT_BYTES if "A" in config.pattern else 0
+    per_token = config.layers * layer + norm_bytes(config, element) + rotary + head + documents
     return forward.tokens * per_token
 
 

@@ -53,6 +53,12 @@ WRONG_OVERRIDES = {
     "the default is model.layers=4",
     "model.rope_base=1": "model.rope_base=1: must be more than 1.0 (Base of the rotary position "
     "embedding's wavelengths); the default is model.rope_base=10000.0",
+    "model.attention_backend=flash": "model.attention_backend=flash: must be one of 'auto', "
+    "'reference', 'chunked', 'sdpa', 'flex', 'flash_attn' or 'triton' (Kernels of attention; auto: "
+    "as measured, `interlace doctor RECIPE` says which and why. A name wins over the environment "
+    "variable INTERLACE_ATTENTION); type model.attention_backend=flash_attn",
+    "model.attn_implementation=sdpa": "model.attn_implementation=sdpa: there is no such setting; "
+    "here it is called model.attention_backend",
     "model.query_key_norm=True": "model.query_key_norm=True: must be true or false (Normalise "
     "queries and keys per head (RMSNorm) before the rotary embedding); type "
     "model.query_key_norm=true",

@@ -27,6 +27,7 @@ SHAPES = {
     "plain": ModelSection(width=64, heads=4, layers=3, head_width=32),
     "grouped": ModelSection(width=64, heads=4, kv_heads=2, query_key_norm=True, layers=2),
     "mixed": ModelSection(width=64, heads=4, pattern="AFF", layers=2, tie_embeddings=True),
+    "without a mask": ModelSection(width=64, heads=4, layers=3, attention_backend="chunked"),
 }
 Checkpointing = Literal["none", "block", "selective"]
 

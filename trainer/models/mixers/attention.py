@@ -23,6 +23,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelSection) -> None:
         super().__init__()
         self.head_width = head_width(config)
+        self.backend = config.attention_backend
         wide, narrow = config.heads * self.head_width, kv_heads(config) * self.head_width
         self.query = Linear(config.width, wide)
         self.key = Linear(config.width, narrow)
@@ -48,7 +49,7 @@ class Attention(nn.Module):
                 "attention decodes with keys and values"
             )
             k, v = context.cache.append(k, v)
-        mixed = attention(q, k, v, segment_ids=context.segments)
+        mixed = attention(q, k, v, segment_ids=context.segments, backend=self.backend)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def new_cache(self, batch: int, length: int, like: torch.Tensor) -> KeyValueCache:
@@ -96,17 +97,20 @@ class Attention(nn.Module):
 
     @classmethod
     def saved_elements(cls, config: ModelSection, sequence_length: int) -> SavedElements:
-        """Turned q and k, v, attention's result and log-sum-exp, and the mask of documents.
+        """Turned q and k, v, attention's result and log-sum-exp, and the mask of documents where
+        the back end is handed the whole of it; so it is with `auto`, which a plan has resolved.
 
         Query/key norms keep their input, the normalised values and the inverse roots in fp32.
         """
         wide = config.heads * head_width(config)
         narrow = kv_heads(config) * head_width(config)
+        whole_mask = config.attention_backend in {"auto", "sdpa", "reference"}
+        mask = sequence_length if whole_mask else 0
         norms = 0
         if config.query_key_norm:
             norms = 2 * (wide + narrow) + config.heads + kv_heads(config)
         return SavedElements(
-            kept=2 * wide + 2 * narrow + sequence_length,
+            kept=2 * wide + 2 * narrow + mask,
             products=2 * wide + 2 * narrow + config.width,
             kept_wide=norms + config.heads,
             products_wide=config.heads,
