@@ -62,104 +62,101 @@ def slices(q: torch.Tensor, k: torch.Tensor, scoring: Scoring) -> Iterator[Slice
         k: (B, G, 1, S, K).
         scoring: What is seen.
     """
-    everything = slice(None)
-    first, last = key_ranges(scoring, q.shape[3], k.shape[3], q.device)
-    if scoring.kinds is None:
-        size = max(1, q.shape[0] * q.shape[1] * q.shape[2])
-        width = min(k.shape[3], scoring.left + scoring.right + 1)
-        count = max(LEAST_QUERIES, SCORES_AT_ONCE // max(1, size * width))
-        lowest, highest = first.amin(0).tolist(), last.amax(0).tolist()
-        for start in range(0, q.shape[3], count):
-            queries = slice(start, min(start + count, q.shape[3]))
+    cutter = Cutter(q, k, scoring)
+    return cutter.ranges() if scoring.kinds is None else cutter.blocks(scoring.kinds)
+
+
+class Cutter:
+    """Cuts the pairs of one call into slices."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, scoring: Scoring) -> None:
+        self.batch, self.groups, self.ratio, self.queries = q.shape[:4]
+        self.keys, self.scoring, self.device = k.shape[3], scoring, q.device
+        self.first, self.last = key_ranges(scoring, self.queries, self.keys, q.device)
+
+    def ranges(self) -> Iterator[Slice]:
+        """Yield slices of as many queries as scores fit, with the keys their ranges span."""
+        everything = slice(None)
+        width = min(self.keys, self.scoring.left + self.scoring.right + 1)
+        per_query = self.batch * self.groups * self.ratio * width
+        count = max(LEAST_QUERIES, SCORES_AT_ONCE // per_query)
+        lowest, highest = self.first.amin(0).tolist(), self.last.amax(0).tolist()
+        for start in range(0, self.queries, count):
+            queries = slice(start, min(start + count, self.queries))
             keys = slice(min(lowest[queries]), max(highest[queries]))
             if keys.start < keys.stop:
-                yield cut(q, k, scoring, everything, everything, queries, keys, (first, last))
-        return
-    for row in range(scoring.kinds.shape[0]):
-        batch = everything if scoring.kinds.shape[0] == 1 else slice(row, row + 1)
-        shared = scoring.kinds.shape[1] == 1
-        for head in range(1 if shared else k.shape[1]):
-            heads = everything if shared else slice(head, head + 1)
-            yield from block_slices(q, k, scoring, batch, heads, (first, last))
+                yield self.cut(everything, everything, queries, keys)
 
+    def blocks(self, kinds: torch.Tensor) -> Iterator[Slice]:
+        """Yield one slice per block of queries, with the keys of the blocks that are not hidden.
 
-def block_slices(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    scoring: Scoring,
-    batch: slice,
-    heads: slice,
-    ranges: tuple[torch.Tensor, torch.Tensor],
-) -> Iterator[Slice]:
-    """Yield one slice per block of queries, with the keys of the blocks that are not hidden."""
-    assert scoring.kinds is not None and scoring.pairs is not None
-    block_q, block_kv = scoring.pairs.shape[1:]
-    kinds = scoring.kinds[batch, query_heads(heads, q.shape[2])]
-    wanted = (kinds != HIDDEN).any(0).any(0)
-    inside = torch.arange(block_kv, device=q.device)
-    for block in range(wanted.shape[0]):
-        queries = slice(block * block_q, min((block + 1) * block_q, q.shape[3]))
-        keys = (wanted[block].nonzero() * block_kv + inside).flatten()
-        keys = keys[keys < k.shape[3]]
-        if queries.start < queries.stop and len(keys):
-            yield cut(q, k, scoring, batch, heads, queries, keys, ranges)
+        A mask that is not the same for all rows of the batch, or all heads, is cut for each.
+        """
+        rows, heads = kinds.shape[:2]
+        for row in range(rows):
+            batch = slice(None) if rows == 1 else slice(row, row + 1)
+            for head in range(1 if heads == 1 else self.groups):
+                group = slice(None) if heads == 1 else slice(head, head + 1)
+                yield from self.listed(batch, group)
 
+    def listed(self, batch: slice, heads: slice) -> Iterator[Slice]:
+        """Yield the slices of blocks of some rows of the batch and key heads."""
+        kinds, block_q, block_kv = self.kinds(batch, heads)
+        wanted = (kinds != HIDDEN).any(0).any(0)
+        inside = torch.arange(block_kv, device=self.device)
+        for block in range(wanted.shape[0]):
+            queries = slice(block * block_q, min((block + 1) * block_q, self.queries))
+            keys = (wanted[block].nonzero() * block_kv + inside).flatten()
+            keys = keys[keys < self.keys]
+            if len(keys):
+                yield self.cut(batch, heads, queries, keys)
 
-def query_heads(heads: slice, groups: int) -> slice:
-    """Return the query heads that key heads stand for."""
-    return heads if heads.start is None else slice(heads.start * groups, heads.stop * groups)
+    def kinds(self, batch: slice, heads: slice) -> tuple[torch.Tensor, int, int]:
+        """Return the kinds of blocks for rows of the batch and key heads, and the block's sides."""
+        assert self.scoring.kinds is not None and self.scoring.pairs is not None
+        if heads.start is not None:
+            heads = slice(heads.start * self.ratio, heads.stop * self.ratio)
+        _, block_q, block_kv = self.scoring.pairs.shape
+        return self.scoring.kinds[batch, heads], block_q, block_kv
 
+    def cut(self, batch: slice, heads: slice, queries: slice, keys: slice | torch.Tensor) -> Slice:
+        """Build one slice; a mask that shows everything is left out, as it is in most slices."""
+        positions = keys
+        if isinstance(positions, slice):
+            positions = torch.arange(positions.start, positions.stop, device=self.device)
+        rows = batch if self.first.shape[0] > 1 else slice(None)
+        first, last = self.first[rows, queries, None], self.last[rows, queries, None]
+        seen = ((positions >= first) & (positions < last))[:, None, None]
+        scoring = self.scoring
+        if scoring.query_segments is not None and scoring.key_segments is not None:
+            mine = scoring.query_segments[batch, queries]
+            theirs = scoring.key_segments[batch][:, positions]
+            seen = seen & (mine[..., None] == theirs[:, None])[:, None, None]
+        if scoring.kinds is not None:
+            seen = seen & self.pairs(batch, heads, queries, positions)
+        mask = None if bool(seen.all()) else seen
+        return Slice(batch, heads, queries, keys, mask, self.bias(batch, heads, queries, positions))
 
-def cut(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    scoring: Scoring,
-    batch: slice,
-    heads: slice,
-    queries: slice,
-    keys: slice | torch.Tensor,
-    ranges: tuple[torch.Tensor, torch.Tensor],
-) -> Slice:
-    """Build one slice with its mask and bias."""
-    positions = keys
-    if isinstance(keys, slice):
-        positions = torch.arange(keys.start, keys.stop, device=q.device)
-    assert isinstance(positions, torch.Tensor)
-    part = batch if ranges[0].shape[0] > 1 else slice(None)
-    first, last = (bound[part, queries, None] for bound in ranges)
-    # (B, 1, 1, queries, keys); left out where it is true everywhere, which is most slices.
-    seen = ((positions >= first) & (positions < last))[:, None, None]
-    if scoring.query_segments is not None and scoring.key_segments is not None:
-        of_keys = scoring.key_segments[batch][:, positions]
-        of_queries = scoring.query_segments[batch, queries]
-        seen = seen & (of_queries[..., None] == of_keys[:, None])[:, None, None]
-    if scoring.kinds is not None and scoring.pairs is not None:
-        block_q, block_kv = scoring.pairs.shape[1:]
-        kinds = scoring.kinds[batch, query_heads(heads, q.shape[2]), queries.start // block_q, None]
-        blocks = (positions[::1] // block_kv).unique_consecutive()
-        dense = expand_blocks(kinds[..., blocks], scoring.pairs)
+    def pairs(
+        self, batch: slice, heads: slice, queries: slice, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Return which pairs of one block of queries a block-sparse mask shows."""
+        kinds, block_q, block_kv = self.kinds(batch, heads)
+        assert self.scoring.pairs is not None
+        blocks = (positions // block_kv).unique_consecutive()
+        kinds = kinds[:, :, queries.start // block_q, None, blocks]
+        dense = expand_blocks(kinds, self.scoring.pairs)
         dense = dense[:, :, : queries.stop - queries.start, : len(positions)]
-        seen = seen & dense.unflatten(1, (-1, 1 if dense.shape[1] == 1 else q.shape[2]))
-    mask = None if bool(seen.all()) else seen
-    return Slice(
-        batch, heads, queries, keys, mask, bias(q, k, scoring, batch, heads, queries, positions)
-    )
+        return dense.unflatten(1, (-1, 1 if dense.shape[1] == 1 else self.ratio))
 
-
-def bias(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    scoring: Scoring,
-    batch: slice,
-    heads: slice,
-    queries: slice,
-    positions: torch.Tensor,
-) -> torch.Tensor | None:
-    """Return the ALiBi term of one slice."""
-    if scoring.slopes is None:
-        return None
-    aligned = aligned_keys(scoring, q.shape[3], k.shape[3], q.device)
-    aligned = aligned[batch if aligned.shape[0] > 1 else slice(None), queries, None]
-    distance = (aligned - positions).abs()[:, None, None]
-    slopes = scoring.slopes.unflatten(0, (k.shape[1], q.shape[2]))[heads]
-    return -slopes[:, :, None, None] * distance
+    def bias(
+        self, batch: slice, heads: slice, queries: slice, positions: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return the ALiBi term of one slice."""
+        if self.scoring.slopes is None:
+            return None
+        aligned = aligned_keys(self.scoring, self.queries, self.keys, self.device)
+        aligned = aligned[batch if aligned.shape[0] > 1 else slice(None), queries, None]
+        distance = (aligned - positions).abs()[:, None, None]
+        slopes = self.scoring.slopes.unflatten(0, (self.groups, self.ratio))[heads]
+        return -slopes[:, :, None, None] * distance
