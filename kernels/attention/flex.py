@@ -48,6 +48,9 @@ def obstacle(request: Request) -> str | None:
 def attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp; see `reference`."""
     queries, keys = q.shape[2], k.shape[2]
+    if not torch.is_grad_enabled():
+        # On a CPU it refuses tensors that want a gradient, even where none is recorded.
+        q, k, v = q.detach(), k.detach(), v.detach()
     settings = {
         "block_mask": block_mask_of(scoring, queries, keys, q.device),
         "score_mod": score_change(scoring, queries, keys, q.device),

@@ -35,6 +35,8 @@ def attention(
     causal = scoring.right == 0 and scoring.left >= keys and queries == keys and not bounded
     last = queries == 1 and scoring.right == 0 and scoring.left >= keys and not bounded
     mask = None if causal or last else additive(scoring, q, k)
+    # By branching, since a compiler that leaves lengths open makes comparisons symbols.
+    is_causal = True if causal and queries > 1 else False  # noqa: SIM210
     groups = q.shape[1] // k.shape[1]
     # On CUDA masked attention over grouped heads has no dependable fused kernel (flash takes no
     # mask, memory-efficient no groups), and the math path would hold all scores.
@@ -43,7 +45,7 @@ def attention(
         groups = 1
     with without_bad_cells(q, mask):
         out = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and queries > 1, scale=scoring.scale,
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scoring.scale,
             enable_gqa=groups > 1,
         )  # fmt: skip
     return out, None

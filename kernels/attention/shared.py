@@ -28,9 +28,10 @@ def made_once(source: torch.Tensor, key: Hashable, make: Callable[[], Made]) -> 
         key: Everything else that does.
         make: Makes it; the result must not hold `source` itself, which it would keep alive.
     """
+    if torch.compiler.is_compiling():
+        return make()
     # Tensors of inference mode have no version, and must not reach a training step.
-    apart = source.is_inference() or torch.is_inference_mode_enabled()
-    if torch.compiler.is_compiling() or apart:
+    if source.is_inference() or torch.is_inference_mode_enabled():
         return make()
     version, results = KEPT.get(source, (None, {}))
     if version != source._version:

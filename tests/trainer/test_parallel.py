@@ -65,7 +65,7 @@ def test_block_recomputes_every_product_and_selective_none() -> None:
     # last product, whose result backward does not need.
     assert expensive(block) - expensive(plain) == 3 * 7
     assert expensive(selective) == expensive(plain)
-    # The gate computes silu again in its own backward; a layer that is recomputed does so once more.
+    # The gate computes silu in its own backward; a layer that is recomputed does so once more.
     assert [counts["silu"] - plain["silu"] for counts in (plain, block, selective)] == [0, 3, 3]
 
 
