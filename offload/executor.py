@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from interlace.kernels.update import Slab, Step, update
+from interlace.kernels.update import Slab, Step, update, update_many
 from interlace.offload.lanes import Lanes, Ticket
 from interlace.offload.schedule import Home
 from interlace.offload.subgroup import MASTER, REMAINDER, Member, SubgroupState, version_of
@@ -220,22 +220,28 @@ class Executor:
 
 
 def update_members(work: Work, slabs: Mapping[str, torch.Tensor]) -> None:
-    """Update every parameter of a subgroup on the device, writing its weight directly."""
+    """Update every parameter of a subgroup on the device, writing its weight directly; short ones
+    share a launch.
+    """
     subgroup = work.subgroup
-    for member in work.arrived:
+    members = [member for member in work.arrived if member.start < member.stop]
+    pieces: list[Slab] = []
+    steps: list[Step] = []
+    for member in members:
         piece = slice(member.start, member.stop)
-        if member.start == member.stop:
-            continue
-        master = slabs[MASTER][piece] if MASTER in slabs else member.weight
-        slab = Slab(
-            gradient=subgroup.gradient[piece],
-            master=master,
-            moments=tuple(slabs[name][piece] for name in subgroup.layout.rule.moments),
-            weight=member.weight if MASTER in slabs else None,
-            remainder=slabs[REMAINDER][piece] if REMAINDER in slabs else None,
+        pieces.append(
+            Slab(
+                gradient=subgroup.gradient[piece],
+                master=slabs[MASTER][piece] if MASTER in slabs else member.weight,
+                moments=tuple(slabs[name][piece] for name in subgroup.layout.rule.moments),
+                weight=member.weight if MASTER in slabs else None,
+                remainder=slabs[REMAINDER][piece] if REMAINDER in slabs else None,
+            )
         )
         number = next(done for start, stop, done in work.runs if start <= member.start < stop)
-        update(subgroup.layout.rule, slab, work.step(number, subgroup.first_element + member.start))
+        steps.append(work.step(number, subgroup.first_element + member.start))
+    update_many(subgroup.layout.rule, pieces, steps)
+    for member in members:
         member.version = version_of(member.parameter)
 
 
