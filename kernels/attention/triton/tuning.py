@@ -2,9 +2,10 @@
 
 A table and not a search at run time: another tile rounds in another order, so whatever chooses
 tiles anew in every process gives other bits in every process. The table that is shipped
-(`tiles.json`) holds, for every kernel, kind of products and head width, the largest tile that the
-compiler fits into registers and shared memory. `benchmarks/attention.py --tune` measures
-`candidates` on this machine and `keep`s the fastest for later processes, whose tiles then win.
+(`tiles.json`) holds, for every kernel, kind of products and head width, the largest tile found that
+the compiler fits into registers and shared memory; nothing in it has been timed. The benchmark,
+`benchmarks/attention.py --tune`, measures `candidates` on this machine and `keep`s the fastest for
+later processes, whose tiles then win.
 """
 
 import json
@@ -38,8 +39,8 @@ class Tile:
     stages: int = 2
 
 
-SHORTEST, LONGEST = 16, 256
-"""Fewest and most rows or columns of a tile."""
+LONGEST = 256
+"""Most rows or columns of a tile."""
 
 INTERPRETER = Tile(32, 32)
 """The tile of all kernels where there is no GPU."""
@@ -197,20 +198,22 @@ def candidates(place: Place, architecture: str, most: int = 8) -> list[Tile]:
     listed = listed_as(architecture)
     shipped = dict(read(Path(__file__).with_name("tiles.json"), listed))[place]
     fitting = [tile for tile in sane_tiles(place) if fits(tile, place, SHARED[listed])]
-    # Longer tiles load less, larger ones wait less often.
+    # Larger tiles load less and wait less often.
     fitting.sort(key=lambda tile: (tile.rows * tile.columns, tile.stages), reverse=True)
     return list(dict.fromkeys([shipped, *fitting]))[:most]
 
 
 def sane_tiles(place: Place) -> Iterator[Tile]:
     """Return all tiles of a reasonable shape, whether they fit or not."""
-    lengths = (16, 32) if place.products == "ieee" else (32, 64, 128)
-    stages = (2, 3) if place.kernel == "forward_kernel" else (1, 2)
-    for own in lengths:
-        for other in lengths:
-            rows, columns = (other, own) if SHAPES[place.kernel].by_keys else (own, other)
-            if other <= own:
-                yield from (Tile(rows, columns, warps, n) for warps in (4, 8) for n in stages)
+    if place.products == "ieee":
+        shapes = [(own, other, warps) for own in (16, 32) for other in (16, 32) for warps in (4, 8)]
+    else:
+        # Four warps multiply 64 rows at a time.
+        shapes = [(16 * warps, other, warps) for warps in (4, 8) for other in (16, 32, 64, 128)]
+        shapes += [(128, 64, 4), (64, 32, 8), (32, 32, 4), (32, 32, 8), (32, 16, 4), (16, 16, 4)]
+    for own, other, warps in shapes:
+        rows, columns = (other, own) if SHAPES[place.kernel].by_keys else (own, other)
+        yield from (Tile(rows, columns, warps, stages) for stages in (1, 2, 3))
 
 
 def fits(tile: Tile, place: Place, shared: int) -> bool:
