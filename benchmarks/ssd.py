@@ -11,6 +11,7 @@ width; the same count for every scan, so that rates compare. Memory is the peak 
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/ssd.*")
     arguments = parser.parse_args()
     rows: list[Row] = []
-    notes: list[str] = []
+    notes = [f"load of the machine before: {os.getloadavg()[0]:.1f}"]
     for length in arguments.lengths:
         if on_gpu:
             # As many tokens in all as 16 thousand, at least one row.
