@@ -23,11 +23,26 @@ from torch.utils.checkpoint import checkpoint
 from interlace.kernels import attention
 from interlace.kernels.attention import flash_attn, flex
 from interlace.kernels.attention.backends import BACKENDS, nothing
+from interlace.kernels.attention.block_sparse import listed
 from interlace.kernels.attention.options import Options, describe
 from interlace.kernels.attention.request import Request, request_of
+from interlace.kernels.attention.scoring import visible
 from interlace.kernels.attention.shared import KEPT, made_once
 
 Call = Callable[..., torch.Tensor]
+
+BLOCKWISE = {
+    **CASES,
+    "a segment around another": Case(
+        queries=24, keys=24, options={"segment_ids": torch.tensor([[1] * 8 + [0] * 8 + [0, 1] * 4])}
+    ),
+    "a document without keys": Case(
+        queries=12,
+        keys=24,
+        options={"cu_seqlens": (torch.tensor([0, 8, 10, 12]), torch.tensor([0, 16, 16, 24]))},
+    ),
+}
+"""With cases that only blocks can get wrong."""
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +145,43 @@ def test_a_block_mask_is_made_without_all_pairs() -> None:
     assert int(mask.full_kv_num_blocks.sum()) > 64
 
 
+@pytest.mark.parametrize("name", BLOCKWISE)
+def test_lists_of_blocks_hold_every_pair_and_whole_ones_nothing_else(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Unfused, torch asks for every pair; a GPU trusts the lists.
+    monkeypatch.setattr(flex, "BLOCK", 8)
+    case = BLOCKWISE[name]
+    if "dilation" in case.options:
+        return
+    q, k, _ = case.tensors()
+    scoring = describe(q, k, Options(**case.options))
+    pairs = visible(scoring, case.queries, case.keys, q.device)
+    if pairs is None:
+        assert flex.block_mask_of(scoring, case.queries, case.keys, q.device) is None
+        return
+    mask = flex.make_block_mask(scoring, case.queries, case.keys, q.device)
+    high, wide = mask.BLOCK_SIZE
+    rows, columns = mask.kv_indices.shape[-2:]
+    padded = torch.zeros(*pairs.shape[:2], rows * high, columns * wide, dtype=torch.bool)
+    padded[..., : case.queries, : case.keys] = pairs
+    blocks = padded.unflatten(3, (columns, wide)).unflatten(2, (rows, high)).transpose(3, 4)
+    some = blocks.flatten(4).any(-1)
+    inside = torch.ones(case.queries, case.keys, dtype=torch.bool)
+    spare = (0, columns * wide - case.keys, 0, rows * high - case.queries)
+    inside = torch.nn.functional.pad(inside, spare).unflatten(1, (columns, wide))
+    inside = inside.unflatten(0, (rows, high)).transpose(1, 2).flatten(2)
+    every = (blocks.flatten(4) | ~inside).all(-1)
+    part = listed(mask.kv_num_blocks, mask.kv_indices, columns)
+    whole = listed(mask.full_kv_num_blocks, mask.full_kv_indices, columns)
+    assert not (part & whole).any()
+    assert ((part | whole) >= some).all()
+    assert (whole <= every).all()
+    if scoring.query_segments is None and scoring.kinds is None:
+        assert torch.equal(part | whole, some.expand_as(part))
+        assert torch.equal(whole, (every & some).expand_as(whole))
+
+
 def test_blocks_that_flex_takes_as_whole_are_those_that_torch_finds() -> None:
     ids = (torch.arange(300) // 70)[None]
     q = torch.empty(1, 1, 300, 16)
@@ -192,6 +244,16 @@ def test_flash_attn_is_called_so_that_it_equals_attention_pair_by_pair(
     torch.testing.assert_close(mine, theirs)
     function = "flash_attn_varlen_func" if "cu_seqlens" in case.options else "flash_attn_func"
     assert {name for name, _ in package.calls} == {function}
+
+
+def test_rows_of_a_batch_are_one_row_to_flash_attn(package: Any) -> None:
+    options = {"cu_seqlens": torch.tensor([0, 4, 11])}
+    case = Case(heads=4, groups=2, batch=3, queries=11, keys=11, options=options)
+    tensors = case.tensors()
+    with torch.no_grad():
+        found = attention(*tensors, backend="flash_attn", return_lse=True, **options)
+        torch.testing.assert_close(found, plain(case, *tensors))
+    assert len(package.calls) == 1
 
 
 def test_flash_attn_serves_most_cases() -> None:
