@@ -19,7 +19,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TINY = {
-    "causal": Case(heads=2, groups=1, queries=3, keys=4, width=2),
+    "causal": Case(heads=1, groups=1, queries=3, keys=4, width=2),
     "softcap, window": Case(
         heads=1, groups=1, queries=4, keys=4, width=2, options={"softcap": 0.9, "window": 2}
     ),
@@ -53,7 +53,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(
 
 
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
-@pytest.mark.parametrize("name", ["grouped", "segments", "softcap", "fewer queries"])
+@pytest.mark.parametrize("name", ["segments", "fewer queries"])
 def test_tangents_and_their_gradients_equal_the_plain_twin_s(name: str, backend: str) -> None:
     """Forward mode, reverse over forward, and forward over reverse."""
     case = CASES[name]

@@ -15,7 +15,7 @@ from interlace.kernels.attention.triton import tuning
 
 triton_interpreter = pytest.importorskip("triton.runtime.interpreter")
 
-HARD = ("grouped", "segments", "block sparse per head")
+HARD = ("ALiBi in documents", "block sparse per head")
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_programs_may_run_in_any_order(name: str, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(shuffled[key], value), key
 
 
-@pytest.mark.parametrize("width", [16, 40, 80, 256])
+@pytest.mark.parametrize("width", [40, 256])
 def test_heads_of_other_widths(width: int) -> None:
     case = Case(heads=1, groups=1, queries=18, keys=18, width=width)
     exact = derivatives(lambda *x: call(case, *x, backend="reference"), case.tensors())
@@ -98,7 +98,7 @@ def test_heads_of_other_widths(width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["causal", "softcap", "fewer queries"])
+@pytest.mark.parametrize("name", ["causal", "fewer queries"])
 def test_16_bit_floats_round_about_as_well_as_they_can(name: str, dtype: torch.dtype) -> None:
     """Against fp64 on the same rounded inputs; the kernels round tiles as a GPU does."""
     case = CASES[name]
