@@ -10,8 +10,9 @@ SOURCES := kernels offload trainer launch benchmarks tests
 train: $(VENV)/installed
 	$(BIN)/interlace train quickstart
 
+# One thread per process: threads of several processes that share cores spin against each other.
 test: lint types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 # What make test runs in fewer ways: about five minutes more.
 test-long: $(VENV)/installed-dev
