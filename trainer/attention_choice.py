@@ -68,8 +68,15 @@ def check_attention(config: RunConfig, device: torch.device, rows: int) -> None:
 
 def attention_backend(config: RunConfig, device_type: str, rows: int) -> str:
     """Return the name of the back end that a plan counts with, also for a machine that is not this
-    one: the recipe's, else the one that would be chosen with what is installed here.
+    one: the recipe's, else the one that would be chosen.
+
+    Of a GPU elsewhere only the kind of back end matters here: whether it is handed the whole mask.
+    CUDA builds of torch bring Triton along, so it is not where the heads fit our kernels.
     """
+    device = torch.device(device_type)
     if config.model.attention_backend != "auto" or "A" not in config.model.pattern:
         return config.model.attention_backend
-    return choice_for(config, torch.device(device_type), rows).backend.name
+    if device.type == "cuda" and not torch.cuda.is_available():
+        request = training_request(config, device, rows)
+        return "triton" if request.whole_mask and request.head_width <= 256 else "sdpa"
+    return choice_for(config, device, rows).backend.name

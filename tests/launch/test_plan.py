@@ -74,11 +74,11 @@ def test_what_cannot_run_is_said_first_and_the_page_stays_readable(
 ) -> None:
     page = page_of("gpt_20b_offload", "--hardware", "4xa100-pcie4", "train.microbatch_rows=16")
     assert page.splitlines()[2] == (
-        "DOES NOT FIT  offload.strategy=optimal: needs 66.5 GiB of device memory (38.2 GiB "
-        "weights, 28.3 GiB activations), and there are 37.6 GiB per rank, reserves left out; type "
+        "DOES NOT FIT  offload.strategy=optimal: needs 66.3 GiB of device memory (38.2 GiB "
+        "weights, 28.2 GiB activations), and there are 37.6 GiB per rank, reserves left out; type "
         "more ranks that share the weights (plan --ranks N)"
     )
-    assert "> optimal   forward  needs 66.5 GiB device, has 37.6" in page
+    assert "> optimal   forward  needs 66.3 GiB device, has 37.6" in page
     assert "Memory of one rank" in page
 
 

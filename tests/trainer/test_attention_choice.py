@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from interlace.kernels.attention import api, router
+from interlace.kernels.attention import api, backends, router
 from interlace.kernels.attention.measurements import rows_of
 from interlace.trainer.attention_choice import attention_backend, training_request
 from interlace.trainer.config import RunConfig, load_recipe
@@ -101,6 +101,17 @@ def test_a_plan_counts_the_mask_only_where_the_chosen_back_end_is_handed_one() -
     assert found["auto"] == found["chunked"]
     short = [activations(recipe(f"model.attention_backend={n}")) for n in ("auto", "sdpa")]
     assert short[0] == short[1]
+
+
+def test_a_plan_for_a_gpu_elsewhere_does_not_depend_on_what_is_installed_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(backends, "why_no_triton", lambda: "there is none here")
+    monkeypatch.setenv("INTERLACE_ATTENTION", "reference")
+    assert attention_backend(recipe(), "cuda", 2) == "triton"
+    assert attention_backend(recipe("data.respect_documents=false"), "cuda", 2) == "sdpa"
+    assert attention_backend(recipe("model.head_width=512"), "cuda", 2) == "sdpa"
 
 
 def test_a_plan_of_a_model_without_attention_needs_no_choice(
