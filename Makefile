@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 GPU_PYTHON ?= $(BIN)/python
+GPU_INSTALLED = $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/installed-dev)
+WITHIN := PYTHONPATH=$(CURDIR) timeout
 SOURCES := kernels offload trainer launch benchmarks tests
 
-.PHONY: train test test-long lint types bench gpu clean
+.PHONY: train test test-long lint types bench gpu gpu-training clean
 
 train: $(VENV)/installed
 	$(BIN)/interlace train quickstart
@@ -29,10 +31,23 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/versus_bare_loop.py
 	$(BIN)/python benchmarks/cpu_update.py
 	$(BIN)/python benchmarks/offload.py
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/ssd.py
+	$(BIN)/python benchmarks/step_ops.py
 
+# Kernels, in nine minutes: each part has the seconds in front of it, and none stops the others.
 # Where the packages are there already:  make gpu GPU_PYTHON=python3
-gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/installed-dev)
-	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest -m gpu
+gpu: $(GPU_INSTALLED)
+	failed=0; \
+	$(WITHIN) 230 $(GPU_PYTHON) -m pytest -m gpu || failed=1; \
+	$(WITHIN) 160 $(GPU_PYTHON) benchmarks/attention.py --budget 120 --save || failed=1; \
+	$(WITHIN) 50 $(GPU_PYTHON) benchmarks/ssd.py --save || failed=1; \
+	$(WITHIN) 30 $(GPU_PYTHON) benchmarks/gpu_update.py --save || failed=1; \
+	$(WITHIN) 60 $(GPU_PYTHON) benchmarks/step_ops.py --save || failed=1; \
+	exit $$failed
+
+# Training on a GPU: offloading, and the whole loop beside a bare one.
+gpu-training: $(GPU_INSTALLED)
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/offload.py --save
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/cpu_update.py --save
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/versus_bare_loop.py
