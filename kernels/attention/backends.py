@@ -59,6 +59,8 @@ def triton_obstacle(request: Request) -> str | None:
         return missing
     if request.head_width > 256:
         return f"its tiles hold heads up to 256 wide, these are {request.head_width}"
+    if "small_blocks" in request.extras:
+        return "its tiles are multiples of 16, and the blocks of the block mask are not"
     interpreted = triton_is_interpreted()
     if request.device == "cuda" and request.dtype is torch.float64 and not interpreted:
         return "its GPU kernels take fp32, fp16 and bf16"

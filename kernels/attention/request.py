@@ -27,7 +27,8 @@ class Request:
         mask: The most general kind of mask that is needed.
         causal: Whether keys after the aligned one are hidden, whatever the mask hides besides.
         extras: What else there is: `softcap`, `alibi`, `lse` (asked for, or needed by sinks),
-            `empty_rows` (some queries may see no key), `segments` (ids decide pair by pair).
+            `empty_rows` (some queries may see no key), `segments` (ids decide pair by pair),
+            `small_blocks` (a block mask whose blocks are no multiples of 16).
         order: How often the result will be differentiated.
         needs_grad: Whether it will be differentiated at all.
         deterministic: Whether equal inputs must give equal bits.
@@ -73,6 +74,8 @@ def request_of(
         or mask == "block_sparse"
         or (mask != "none" and q.shape[2] > k.shape[2]),
         "segments": options.segment_ids is not None or options.dilation > 1,
+        "small_blocks": options.block_mask is not None
+        and any(side % 16 for side in options.block_mask.BLOCK_SIZE),
     }
     return Request(
         device=q.device.type,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
+from torch._C._functorch import maybe_current_level
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Made = TypeVar("Made")
@@ -30,8 +31,10 @@ def made_once(source: torch.Tensor, key: Hashable, make: Callable[[], Made]) -> 
     """
     if torch.compiler.is_compiling():
         return make()
-    # Tensors of inference mode have no version, and must not reach a training step.
-    if source.is_inference() or torch.is_inference_mode_enabled():
+    # Tensors of inference mode have no version, and must not reach a training step; tensors made
+    # under torch.func transforms are wrapped, and mean nothing outside of them.
+    passing = source.is_inference() or torch.is_inference_mode_enabled()
+    if passing or maybe_current_level() is not None:
         return make()
     version, results = KEPT.get(source, (None, {}))
     if version != source._version:

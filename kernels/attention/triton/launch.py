@@ -118,10 +118,10 @@ def double_backward(
             (q, k, v, x, y, z, out, lse, along_out, along_lse),
             (q, k, v, x, y, z, out, along_out),
         )
+    inputs = q, k, v, x, y, z, out, lse, g, grad_lse, grad_q
     call.by_queries(
         double_backward_rows_kernel,
-        (q, k, v, x, y, z, out, lse, g, grad_lse, grad_q)
-        + (delta, along_out, along_lse, constant, second_q),
+        (*inputs, delta, along_out, along_lse, constant, second_q),
         (q, k, v, x, y, z, out, g, grad_q, along_out, second_q),
     )
     call.by_keys(

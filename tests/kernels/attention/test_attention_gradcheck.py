@@ -95,3 +95,16 @@ def test_the_third_derivative_is_there_or_refused() -> None:
         torch.testing.assert_close(found, exact)
     with pytest.raises(RuntimeError, match=r'third derivative .* backend="chunked"'):
         third("triton")
+
+
+def test_masks_read_under_a_transform_do_not_outlive_it() -> None:
+    case = CASES["segments"]
+    tensors = tuple(x.detach() for x in case.tensors())
+
+    def energy(q: torch.Tensor) -> torch.Tensor:
+        mixed = attention(q, *tensors[1:], **case.options, order=2, backend="chunked")
+        return mixed.square().sum()
+
+    inside = torch.func.grad(energy)(tensors[0])
+    outside = energy(q := tensors[0].clone().requires_grad_())
+    assert torch.equal(torch.autograd.grad(outside, q)[0], inside)

@@ -130,6 +130,17 @@ def test_the_chunked_back_end_meets_kept_blocks_only() -> None:
         assert met == BLOCK**2 * int((read_block_mask(made)[0] != HIDDEN).sum())
 
 
+def test_blocks_that_no_tile_divides_are_left_to_others() -> None:
+    q, k, v = Case(heads=1, groups=1, queries=24, keys=24).tensors()
+    odd = create_block_mask(
+        lambda b, h, i, j: i >= j, None, None, 24, 24, device="cpu", BLOCK_SIZE=8
+    )
+    with pytest.raises(ValueError, match="multiples of 16, and the blocks of the block mask are"):
+        attention(q, k, v, block_mask=odd, backend="triton")
+    found = attention(q, k, v, block_mask=odd, order=2)
+    torch.testing.assert_close(found, attention(q, k, v, backend="reference"))
+
+
 def test_what_is_no_block_mask_or_was_made_for_other_sizes_is_named() -> None:
     q, k, v = Case(heads=3, groups=3, queries=LENGTH, keys=LENGTH).tensors()
     with pytest.raises(ValueError, match=r"must be a torch\.nn\.attention.*BlockMask; got Tensor"):
