@@ -133,7 +133,7 @@ def attend_as(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, order: int, backend: str
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Compute what `attention` was asked for."""
-    check(q, k, v, options)
+    check(q, k, v, options, order)
     chosen = choose(request_of(q, k, v, options, order), backend).backend
     if options.dilation == 1:
         out, lse = chosen.run(q, k, v, describe(q, k, options))
@@ -172,5 +172,5 @@ def explain_attention(
 ) -> str:
     """Return in words which back end `attention` would choose for the same arguments, and why."""
     asked = Options(return_lse=return_lse, **options)
-    check(q, k, v, asked)
+    check(q, k, v, asked, order)
     return choose(request_of(q, k, v, asked, order), backend).explain()

@@ -7,8 +7,11 @@ import torch
 from interlace.kernels.attention.options import DTYPES, Both, Options
 
 
-def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> None:
+def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, order: int) -> None:
     """Raise `ValueError` for the first thing that does not fit."""
+    check_types({"q": q, "k": k, "v": v}, options)
+    if type(order) is not int or order < 1:
+        raise ValueError(f"attention: order={order!r}: must be a whole number, at least 1")
     check_tensors(q, k, v)
     check_window(options)
     check_numbers(options)
@@ -21,6 +24,26 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -
         check_block_mask(q, k, options.block_mask)
     if options.alibi_slopes is not None and options.alibi_slopes.requires_grad:
         raise ValueError("attention: alibi_slopes are constants; pass alibi_slopes.detach()")
+
+
+def check_types(tensors: dict[str, object], options: Options) -> None:
+    """Raise where something is no tensor, or no number, that has to be one."""
+    for name in ("segment_ids", "cu_seqlens", "alibi_slopes", "sinks"):
+        value = getattr(options, name)
+        several = isinstance(value, tuple) and name in ("segment_ids", "cu_seqlens")
+        if several and len(value) != 2:
+            raise ValueError(
+                f"attention: {name} must be a tensor or a pair of them; got {len(value)} values"
+            )
+        named = zip((name, f"{name} of keys"), value if several else (value,), strict=False)
+        tensors = tensors | dict(named)
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor | None) or (value is None and name in "qkv"):
+            raise ValueError(f"attention: {name} must be a tensor; got {type(value).__name__}")
+    for name in ("softcap", "scale"):
+        value = getattr(options, name)
+        if value is not None and not isinstance(value, int | float):
+            raise ValueError(f"attention: {name}={value!r}: must be a number")
 
 
 def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -96,6 +96,48 @@ def test_segments_that_do_not_fit_are_named(name: str, backend: str) -> None:
     assert str(caught.value) == message
 
 
+WRONG_OPTIONS = {
+    "order": (0, "attention: order=0: must be a whole number, at least 1"),
+    "window": (
+        0,
+        "attention: window=0: give the number of keys a query sees up to its own, at least 1, or a "
+        "pair (keys before, keys after), each at least 0, or -1 for all",
+    ),
+    "softcap": (-1.0, "attention: softcap=-1.0: must be a positive number, or None for no cap"),
+    "scale": ("x", "attention: scale='x': must be a number"),
+    "dilation": (0, "attention: dilation=0: must be a whole number, at least 1"),
+    "cu_seqlens": ([0, 5], "attention: cu_seqlens must be a tensor; got list"),
+    "segment_ids": (
+        (torch.zeros(1),) * 3,
+        "attention: segment_ids must be a tensor or a pair of them; got 3 values",
+    ),
+    "sinks": (
+        torch.zeros(3),
+        "attention: sinks must be one float per query head, (4,); got [3] of torch.float32",
+    ),
+    "alibi_slopes": (
+        torch.zeros(4, requires_grad=True),
+        "attention: alibi_slopes are constants; pass alibi_slopes.detach()",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OPTIONS)
+def test_options_that_make_no_sense_are_named(name: str) -> None:
+    value, message = WRONG_OPTIONS[name]
+    with pytest.raises(ValueError) as caught:
+        attention(Q, K, K, **{name: value})  # type: ignore[arg-type]
+    assert str(caught.value) == message
+
+
+def test_boundaries_that_do_not_rise_are_named() -> None:
+    wrong = torch.tensor([0, 6])
+    with pytest.raises(ValueError, match=r"must rise from 0 to at most the length 3; got \[0, 6\]"):
+        attention(Q, K[:, :, :3], K[:, :, :3], cu_seqlens=wrong)
+    with pytest.raises(ValueError, match="for 3 queries and 5 keys must be a pair"):
+        attention(Q, K, K, cu_seqlens=wrong)
+
+
 def test_an_unknown_back_end_is_named() -> None:
     with pytest.raises(ValueError) as caught:
         attention(Q, K, K, backend="flash")  # type: ignore[arg-type]
