@@ -2,16 +2,17 @@
 
 On a GPU in bfloat16, 16k tokens, hidden width 2048 (FlashAttention-2's shapes): our Triton kernels
 beside torch's cuDNN, flash and math back ends, FlexAttention, the flash-attn package where there is
-one, and the machine's own product of matrices. On a CPU in float32, small shapes: our slices in
-plain torch beside torch's flash and math. Contenders take turns in one process; medians count; who
-cannot run is listed with its error. `attention_contenders.py` says what counts as a FLOP. Peak
-memory is that of everything from the inputs to the end of the pass, the inputs not counted.
+one, and the machine's own product of matrices. On a CPU in float32, small shapes, one thread and
+its processor time, which neighbours disturb least: our slices in plain torch beside torch's flash
+and math. Contenders take turns in one process; medians count; who cannot run is listed with its
+error. `attention_contenders.py` says what counts as a FLOP. Peak memory is that of everything from
+the inputs to the end of the pass, the inputs not counted.
 
     python benchmarks/attention.py [--rounds N] [--budget SECONDS] [--save] [--profile]
     python benchmarks/attention.py --tune     this GPU's tiles, kept for later processes
     python benchmarks/attention.py --table    rows for the table by which back ends are chosen
 
-Shapes are measured in order of importance, length 4k first; what the budget does not allow is left
+Shapes are measured in order of importance, length 4k first on a GPU; what the budget does not allow is left
 out, and said. `--profile` adds a table of kernels, which says where a pass spends its time.
 """
 
@@ -143,6 +144,9 @@ def report(bench: Bench) -> tuple[list[Row], list[str]]:
         f"{place.tokens:,} tokens, hidden width {place.hidden}, {str(place.dtype)[6:]}; median of "
         f"{bench.rounds} rounds; torch's own product of matrices runs at {matmul / unit:.3g} {name}"
     ]
+    if place is CPU:
+        load = Path("/proc/loadavg").read_text(encoding="utf-8").split()[0]
+        notes.append(f"one thread, its processor time; load of the machine at the end: {load}")
     notes += goal_notes(found, place) + comparison_notes(found, place)
     notes.append(
         f"four times the length takes {growth(memory):.2f} times the memory (linear: 4 or less)"
@@ -176,6 +180,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="keep rows for choosing a back end")
     arguments = parser.parse_args()
     everyone = router_contenders(place) if arguments.table else contenders(place.device)
+    if place is CPU:
+        torch.set_num_threads(1)
     bench = Bench(place, arguments.rounds, Budget(arguments.budget), everyone)
     if arguments.tune and place is CPU:
         print(NO_GPU, file=sys.stderr)

@@ -195,5 +195,6 @@ def profile(place: Place, everyone: Sequence[Contender]) -> str:
             text = profiler.key_averages().table(
                 sort_by=order, row_limit=12, max_name_column_width=70
             )
-            parts.append(f"## {contender.name}, {which}\n\n```text\n{text}\n```\n")
+            lines = "\n".join(line.rstrip() for line in text.splitlines())
+            parts.append(f"## {contender.name}, {which}\n\n```text\n{lines}\n```\n")
     return "\n".join(parts)
