@@ -12,8 +12,8 @@ the inputs to the end of the pass, the inputs not counted.
     python benchmarks/attention.py --tune     this GPU's tiles, kept for later processes
     python benchmarks/attention.py --table    rows for the table by which back ends are chosen
 
-Shapes are measured in order of importance, length 4k first on a GPU; what the budget does not allow is left
-out, and said. `--profile` adds a table of kernels, which says where a pass spends its time.
+Shapes are measured in order of importance, length 4k first on a GPU; what the budget does not allow
+is left out, and said. `--profile` adds a table of kernels, which says where a pass spends its time.
 """
 
 import argparse
