@@ -22,6 +22,9 @@ SCORES_AT_ONCE = 2**21
 
 LEAST_QUERIES = 16
 
+SHORT = 64
+"""Queries that are worth a slice of their own where that avoids work for hidden pairs."""
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -80,6 +83,8 @@ class Cutter:
         width = min(self.keys, self.scoring.left + self.scoring.right + 1)
         per_query = self.batch * self.groups * self.ratio * width
         count = max(LEAST_QUERIES, SCORES_AT_ONCE // per_query)
+        # A slice meets keys that only some of its queries see: short slices waste fewer.
+        count = min(count, max(SHORT, width // 4))
         lowest, highest = self.first.amin(0).tolist(), self.last.amax(0).tolist()
         for start in range(0, self.queries, count):
             queries = slice(start, min(start + count, self.queries))

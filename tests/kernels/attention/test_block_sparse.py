@@ -141,6 +141,15 @@ def test_blocks_that_no_tile_divides_are_left_to_others() -> None:
     torch.testing.assert_close(found, attention(q, k, v, backend="reference"))
 
 
+def test_a_window_meets_little_more_than_its_keys() -> None:
+    q, k, _ = Case(heads=1, groups=1, queries=2048, keys=2048).tensors()
+    scoring = describe(q, k, Options(window=256))
+    met = 0
+    for part in slices.slices(by_rows(q, k), by_columns(k), scoring):
+        met += part.rows(by_rows(q, k)).shape[3] * part.columns(by_columns(k)).shape[3]
+    assert 2048 * 256 * 0.9 < met < 2048 * 256 * 1.3
+
+
 def test_what_is_no_block_mask_or_was_made_for_other_sizes_is_named() -> None:
     q, k, v = Case(heads=3, groups=3, queries=LENGTH, keys=LENGTH).tensors()
     with pytest.raises(ValueError, match=r"must be a torch\.nn\.attention.*BlockMask; got Tensor"):
