@@ -7,6 +7,7 @@ Without a GPU the same tests run in Triton's interpreter, on shorter sequences:
     TRITON_INTERPRET=1 pytest -m gpu tests/gpu/test_attention_on_a_gpu.py
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -211,6 +212,8 @@ def test_the_same_bits_come_every_time(name: str, dtype: str) -> None:
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """Return the bytes that tensors took at most while something ran."""
+    # What earlier calls left behind in cycles must not be freed in between.
+    gc.collect()
     if ON_GPU:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -243,7 +246,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(name: str) -> None
         peaks.append(peak_bytes(partial(derivatives, case, inputs, "triton")))
     # Four times the length; a square would be sixteen times, and its scores of one head alone more
     # than the second bound. About eleven tensors of the size of the queries are needed at once.
-    assert peaks[1] < 6 * peaks[0]
+    assert peaks[1] < 4.5 * peaks[0]
     assert peaks[1] < 20 * 2 * inputs[0].numel()
 
 
