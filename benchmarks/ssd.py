@@ -222,7 +222,7 @@ def main() -> None:
     lengths = [1024, 2048, 4096, 8192, 16384, 65536] if on_gpu else [1024, 2048, 4096, 8192]
     parser.add_argument("--lengths", type=int, nargs="+", default=lengths)
     parser.add_argument("--rounds", type=int, default=10 if on_gpu else 5)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/ssd.*")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/ssd-*")
     arguments = parser.parse_args()
     rows: list[Row] = []
     notes = [f"load of the machine before: {os.getloadavg()[0]:.1f}"]
@@ -241,7 +241,9 @@ def main() -> None:
     notes.append(f"threads: {torch.get_num_threads()}")
     print("\n".join(notes))
     if arguments.save:
-        save("ssd", "State-space duality beside attention", rows, notes)
+        save(
+            "ssd-gpu" if on_gpu else "ssd-cpu", "State-space duality beside attention", rows, notes
+        )
 
 
 if __name__ == "__main__":

@@ -159,13 +159,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/step_ops.*")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/step_ops-*")
     arguments = parser.parse_args()
     rows, notes = measure(arguments.tokens, arguments.width, arguments.rounds)
     print(table(rows))
     print("\n".join(notes))
     if arguments.save:
-        save("step_ops", "The rest of a training step", rows, notes)
+        where = "gpu" if torch.cuda.is_available() else "cpu"
+        save(f"step_ops-{where}", "The rest of a training step", rows, notes)
 
 
 if __name__ == "__main__":

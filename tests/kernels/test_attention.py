@@ -1,5 +1,7 @@
 """Every input that attention refuses, with its exact message; and how its queries are placed."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -179,3 +181,25 @@ def test_short_queries_are_the_last_rows_of_the_whole(backend: str, documents: b
     for length in (1, 2, 6):
         part = attention(q[:, :, -length:], k, v, segment_ids=segments, backend=backend)  # type: ignore[arg-type]
         torch.testing.assert_close(part, whole[:, :, -length:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cu_seqlens": torch.tensor([0, 2, 5])},
+        {"segment_ids": torch.tensor([[0, 0, 1, 1, 1]] * 2)},
+        {"dilation": 2, "alibi_slopes": torch.ones(2)},
+        {"sinks": torch.zeros(2), "window": 3},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_a_compiler_traces_over_every_mask(options: dict[str, Any]) -> None:
+    def call(k: torch.Tensor) -> torch.Tensor:
+        return attention(k, k, k, **options, backend="chunked")
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    k = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found, exact = compiled(k), call(k)
+    assert torch.equal(found, exact)
+    gradients = [torch.autograd.grad(x.square().sum(), k)[0] for x in (found, exact)]
+    torch.testing.assert_close(*gradients)
