@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from interlace.kernels.attention.scoring import HIDDEN, WHOLE
+from interlace.kernels.attention.shared import made_here_stays_here
 
 READ: "weakref.WeakKeyDictionary[Any, tuple[torch.Tensor, torch.Tensor]]" = (
     weakref.WeakKeyDictionary()
@@ -20,6 +21,8 @@ READ: "weakref.WeakKeyDictionary[Any, tuple[torch.Tensor, torch.Tensor]]" = (
 
 def read_block_mask(block_mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `Scoring.kinds` and `Scoring.pairs` of a `BlockMask`, read once per mask."""
+    if made_here_stays_here():
+        return tables(block_mask)
     if block_mask not in READ:
         READ[block_mask] = tables(block_mask)
     return READ[block_mask]

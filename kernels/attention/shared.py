@@ -21,6 +21,16 @@ MOST = 16
 """Results of one tensor that are kept; layers of one model differ in windows, if in anything."""
 
 
+def made_here_stays_here() -> bool:
+    """Whether tensors that are made now must not be kept for later calls.
+
+    Those of inference mode have no version, and must not reach a training step; those made while a
+    compiler traces, or under torch.func transforms, are stand-ins that mean nothing outside.
+    """
+    tracing = torch.compiler.is_compiling() or maybe_current_level() is not None
+    return tracing or torch.is_inference_mode_enabled()
+
+
 def made_once(source: torch.Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
     """Return `make()`, or what it returned before for the same tensor and key.
 
@@ -29,12 +39,7 @@ def made_once(source: torch.Tensor, key: Hashable, make: Callable[[], Made]) -> 
         key: Everything else that does.
         make: Makes it; the result must not hold `source` itself, which it would keep alive.
     """
-    if torch.compiler.is_compiling():
-        return make()
-    # Tensors of inference mode have no version, and must not reach a training step; tensors made
-    # under torch.func transforms are wrapped, and mean nothing outside of them.
-    passing = source.is_inference() or torch.is_inference_mode_enabled()
-    if passing or maybe_current_level() is not None:
+    if made_here_stays_here() or source.is_inference():
         return make()
     version, results = KEPT.get(source, (None, {}))
     if version != source._version:

@@ -5,6 +5,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from interlace.kernels.attention.scoring import HIDDEN, Scoring, query_ranges
+from interlace.kernels.attention.shared import made_once
 from interlace.kernels.attention.triton.backward import (
     backward_columns_kernel,
     backward_rows_kernel,
@@ -190,8 +192,10 @@ class Call:
         """Launch one program per tile of `length` positions, row of the batch and head of `own`."""
         grid = triton.cdiv(own.shape[2], length), own.shape[0] * own.shape[1]
         strides = (x.stride()[:3] for x in strided)
-        kinds = self.scoring.kinds
-        blocks = NOWHERE if kinds is None else list_blocks(kinds, self.scoring.pairs, by_keys)
+        kinds, pairs, blocks = self.scoring.kinds, self.scoring.pairs, NOWHERE
+        if kinds is not None:
+            listed = partial(list_blocks, kinds.detach(), pairs, by_keys)
+            blocks = made_once(kinds, ("lists", by_keys), listed)
         with torch.cuda.device_of(own):
             kernel[grid](
                 *arguments,
@@ -208,7 +212,8 @@ class Call:
         """Return the pointers that say which pairs are seen."""
         scoring, above, below = self.scoring, None, None
         if by_keys and scoring.first is not None and scoring.last is not None:
-            above, below = query_ranges(scoring.first, scoring.last, self.sizes.keys)
+            turned = partial(query_ranges, scoring.first, scoring.last, self.sizes.keys)
+            above, below = made_once(scoring.first, ("turned", self.sizes.keys), turned)
         slopes = None if scoring.slopes is None else scoring.slopes * LOG2E.value
         return Seen(
             left=scoring.left,

@@ -159,3 +159,15 @@ def test_what_is_no_block_mask_or_was_made_for_other_sizes_is_named() -> None:
     heads = create_block_mask(checkerboard, None, 2, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=BLOCK)
     with pytest.raises(ValueError, match="is for batch 1 and 2 heads; got 1 and 3"):
         attention(q, k, v, block_mask=heads)
+
+
+def test_a_mask_read_under_a_transform_serves_later_calls() -> None:
+    q, k, v = (x.detach() for x in Case(heads=1, groups=1, queries=64, keys=64).tensors())
+    made = block_mask(checkerboard)
+
+    def energy(q: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, block_mask=made, order=2, backend="chunked").square().sum()
+
+    inside = torch.func.grad(energy)(q)
+    q.requires_grad_()
+    assert torch.equal(torch.autograd.grad(energy(q), q)[0], inside)
