@@ -24,7 +24,8 @@ from interlace.trainer.data.prepare import TOKENIZER_NAME, prepare
 from interlace.trainer.data.rows import TrainingRows, ValidationRows
 from interlace.trainer.data.shards import PreparedCorpus
 from interlace.trainer.errors import CheckpointError, ConfigError
-from interlace.trainer.models.language_model import LanguageModel
+from interlace.trainer.models.model import Model
+from interlace.trainer.objectives import objective_of
 from interlace.trainer.observe.console import Console
 from interlace.trainer.observe.environment import describe_environment
 from interlace.trainer.observe.metrics import METRICS_NAME, MetricsWriter, read_metrics
@@ -34,6 +35,7 @@ from interlace.trainer.observe.report import write_report
 from interlace.trainer.observe.traces import PICTURE_NAME, TRACE_NAME, UpdateTraces
 from interlace.trainer.optimizer import build_optimizer
 from interlace.trainer.parallel import (
+    cast_weights,
     compile_layers,
     compiles,
     compute_dtype_of,
@@ -121,8 +123,9 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
     check_attention(config, world.device, plan.microbatch_rows)
     training, validation = TrainingRows(corpus, config), ValidationRows(corpus, config)
     torch.manual_seed(config.run.seed + world.rank)
+    objective = objective_of(config)(config, plan, world)
     model = build_model(config, plan, world)
-    state = TrainingState(model, build_optimizer(model, config, plan, hardware), world)
+    state = TrainingState(model, build_optimizer(model, config, plan, hardware), objective, world)
     attempt = world.on_main(folder.store.begin_attempt)
     progress, notes = restore(folder, attempt, state, corpus)
     if world.is_main:
@@ -137,7 +140,17 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
         validation_bytes_per_token=corpus.bytes_per_token("validation"),
     )
     parts = Parts(
-        config, world, folder, plan, hardware, attempt, corpus.digest, batches, model, state
+        config,
+        world,
+        folder,
+        plan,
+        hardware,
+        attempt,
+        corpus.digest,
+        batches,
+        model,
+        objective,
+        state,
     )
     expected = [f"the plan expects trouble: {plan.offload.problem}"] if plan.offload.problem else []
     return parts, progress, [f"run folder {folder.path}", *folder.notes, *notes, *expected]
@@ -162,18 +175,18 @@ def checked_corpus(config: RunConfig) -> PreparedCorpus:
     return corpus
 
 
-def build_model(config: RunConfig, plan: Plan, world: World) -> LanguageModel:
+def build_model(config: RunConfig, plan: Plan, world: World) -> Model:
     """Build the model without memory, spread it over the ranks, then fill each rank's part."""
     dtype = compute_dtype_of(config.train, world.device.type)
     with torch.device("meta"):
-        model = LanguageModel(config.model, plan.vocabulary_size, dtype)
+        model = objective_of(config).build(config, plan.vocabulary_size, dtype)
         # Weights have the dtype they are computed with; the optimizer keeps their fp32 masters.
-        model.to(dtype)
-    layers = list(model.layers)
-    recompute_layers(layers, config.train.activation_checkpointing)
+        cast_weights(model, dtype)
+    units = model.units
+    recompute_layers(units, config.train.activation_checkpointing)
     if compiles(config.train, world.device.type):
-        compile_layers(layers)
-    shard(model, layers, world, config.parallel.replicas, dtype)
+        compile_layers(units)
+    shard(model, units, world, config.parallel.replicas, dtype)
     model.to_empty(device=world.device)
     model.initialise(config.run.seed)
     return model

@@ -25,12 +25,17 @@ class Batch:
         targets: The tokens that follow them, (B, T) int64.
         segments: Number of the document of each token, (B, T), or None if documents are ignored.
         positions: Position of each token in its document, (B, T), or None likewise.
+        step: The training step it belongs to, from 0; -1 in a validation.
+        rows: Numbers of its rows within the step or the validation, which do not depend on the
+            number of ranks: with the seed and the step they fix what is drawn at random for a row.
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     segments: torch.Tensor | None
     positions: torch.Tensor | None
+    step: int
+    rows: range
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class StepBatches:
     def of_step(self, step: int) -> Iterator[Batch]:
         """Yield the micro-batches of one step, `accumulation` of them."""
         for rows in self.rows_of_step(step):
-            yield self.to_batch(self.training.batch(step, rows))
+            yield self.to_batch(self.training.batch(step, rows), step, rows)
 
     def rows_of_step(self, step: int) -> Iterator[range]:
         """Yield the row numbers of each of this rank's passes."""
@@ -69,17 +74,18 @@ class StepBatches:
             stop = min(start + size, count)
             counted = max(0, stop - start)
             rows = self.validation.batch(start, stop) if counted else self.validation.batch(0, 1)
-            yield self.to_batch(rows), counted
+            yield self.to_batch(rows, -1, range(start, start + len(rows))), counted
 
-    def to_batch(self, rows: NDArray[np.int64]) -> Batch:
+    def to_batch(self, rows: NDArray[np.int64], step: int, numbers: range) -> Batch:
         """Turn rows of T + 1 tokens into inputs, targets and document structure on the device."""
         tokens, targets = rows[:, :-1], rows[:, 1:]
         segments = positions = None
         if self.respect_documents:
-            numbers = segments_of(tokens, self.end_of_text)
-            segments = self.on_device(numbers)
-            positions = self.on_device(positions_of(numbers))
-        return Batch(self.on_device(tokens), self.on_device(targets), segments, positions)
+            documents = segments_of(tokens, self.end_of_text)
+            segments = self.on_device(documents)
+            positions = self.on_device(positions_of(documents))
+        inputs, wanted = self.on_device(tokens), self.on_device(targets)
+        return Batch(inputs, wanted, segments, positions, step, numbers)
 
     def on_device(self, array: NDArray[np.int64]) -> torch.Tensor:
         """Copy an array to the rank's device."""

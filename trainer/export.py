@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from interlace.trainer.config.schema import ModelSection
+from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.data.prepare import TOKENIZER_NAME
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.shapes import ffn_width, head_width, kv_heads

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import (
 )
 
 from interlace.trainer.config.schema import TrainSection
+from interlace.trainer.objectives import OBJECTIVES
 from interlace.trainer.world import World
 
 LayerForward = Callable[..., torch.Tensor]
@@ -107,9 +108,25 @@ def shard(
         )
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for layer in layers:
+        for kept in modules_in_fp32(layer):
+            exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+            fully_shard(kept, mesh=mesh, mp_policy=exact)
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     # The root too is resharded after a forward pass: a validation has no backward to do it.
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give all weights the compute dtype, but for those of modules that say `keeps_fp32`."""
+    kept = {id(parameter) for module in modules_in_fp32(model) for parameter in module.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.data = parameter.data.to(dtype)
+
+
+def modules_in_fp32(model: nn.Module) -> list[nn.Module]:
+    """Return the modules whose few parameters stay in fp32 whatever the compute dtype."""
+    return [module for module in model.modules() if getattr(module, "keeps_fp32", False)]
 
 
 def compute_dtype_of(settings: TrainSection, device_type: str) -> torch.dtype:
@@ -122,5 +139,7 @@ def compute_dtype_of(settings: TrainSection, device_type: str) -> torch.dtype:
 
 
 def compiles(settings: TrainSection, device_type: str) -> bool:
-    """Return whether layers are compiled: as asked, else on a GPU only."""
-    return device_type == "cuda" if settings.compile is None else settings.compile
+    """Return whether layers are compiled: as asked, else on a GPU only, if the objective allows."""
+    if settings.compile is not None:
+        return settings.compile
+    return device_type == "cuda" and OBJECTIVES.get(settings.objective).compiles

@@ -17,12 +17,9 @@ from interlace.trainer.capacity import DeviceMemory, Memory
 from interlace.trainer.communication import Traffic, communication_seconds
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
-from interlace.trainer.models.cost import (
-    ForwardPass,
-    activation_bytes,
-    flops_per_token,
-    parameter_count,
-)
+from interlace.trainer.models.cost import ForwardPass
+from interlace.trainer.models.depth import layer_patterns
+from interlace.trainer.objectives import objective_of
 from interlace.trainer.optimizer import rule_of
 from interlace.trainer.placement import Circumstances, OffloadPlan, place, schedules
 
@@ -120,13 +117,16 @@ def resolve(config: RunConfig, setting: Setting) -> Plan:
     from interlace.trainer.parallel import compiles, compute_dtype_of
 
     train, size = config.train, setting.world_size
+    objective = objective_of(config)
+    if problems := objective.problems(config):
+        raise ConfigError(problems)
     rows = train.tokens_per_step // config.data.sequence_length
     check_ranks(config, rows, size)
     check_subgroups(config, setting)
     microbatch = microbatch_rows(config, rows // size)
     dtype = compute_dtype_of(train, setting.device_type)
-    parameters = parameter_count(config.model, setting.vocabulary_size)
-    flops = flops_per_token(config.model, setting.vocabulary_size, config.data.sequence_length)
+    parameters = objective.parameter_count(config, setting.vocabulary_size)
+    flops = objective.flops_per_token(config, setting.vocabulary_size)
     total_tokens = train.steps * train.tokens_per_step
     tokens = setting.corpus_tokens
     facts = circumstances(config, setting, microbatch, rows // size // microbatch)
@@ -219,13 +219,14 @@ def circumstances(
     hardware = with_active_ranks(setting.hardware, setting.ranks_per_host)
     vocabulary = setting.vocabulary_size
     dtype = compute_dtype_of(config.train, setting.device_type)
-    flops = flops_per_token(config.model, vocabulary, config.data.sequence_length)
+    objective = objective_of(config)
+    flops = objective.flops_per_token(config, vocabulary)
     share = hardware.rates.attainable_flops_share if hardware.rates else USUAL_FLOPS_SHARE
     per_second = hardware.matmul_flops * share
     tokens = rows * config.data.sequence_length
     again = 0 if config.train.activation_checkpointing == "none" else flops.forward
     traffic = Traffic(
-        parameters=parameter_count(config.model, vocabulary),
+        parameters=objective.parameter_count(config, vocabulary),
         element_bytes=dtype.itemsize,
         ranks=setting.world_size,
         ranks_per_host=setting.ranks_per_host,
@@ -257,7 +258,8 @@ def update_schedules(config: RunConfig, setting: Setting) -> dict[str, Schedule]
 def shard_size(config: RunConfig, setting: Setting) -> int:
     """Return the parameters of one rank."""
     shards = setting.world_size // config.parallel.replicas
-    return -(-parameter_count(config.model, setting.vocabulary_size) // shards)
+    parameters = objective_of(config).parameter_count(config, setting.vocabulary_size)
+    return -(-parameters // shards)
 
 
 def fixed_memory(
@@ -270,8 +272,8 @@ def fixed_memory(
     """
     shard = shard_size(config, setting)
     sharded = setting.world_size > config.parallel.replicas
-    blocks = len(config.model.pattern) * config.model.layers
-    whole = parameter_count(config.model, setting.vocabulary_size)
+    layers = len(layer_patterns(config.model))
+    whole = objective_of(config).parameter_count(config, setting.vocabulary_size)
     forward = ForwardPass(
         tokens=rows * config.data.sequence_length,
         sequence_length=config.data.sequence_length,
@@ -283,8 +285,10 @@ def fixed_memory(
     model = config.model.model_copy(update={"attention_backend": backend})
     return DeviceMemory(
         weights=element_bytes * shard,
-        activations=activation_bytes(model, setting.vocabulary_size, forward),
-        gathered_weights=2 * element_bytes * whole // blocks if sharded else 0,
+        activations=objective_of(config).activation_bytes(
+            config.model_copy(update={"model": model}), setting.vocabulary_size, forward
+        ),
+        gathered_weights=2 * element_bytes * whole // layers if sharded else 0,
     )
 
 

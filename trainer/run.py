@@ -19,8 +19,10 @@ from interlace.trainer.checkpoint.state import Progress, TrainingState, save
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import NumericsError, SaveError
 from interlace.trainer.evidence import save_evidence
-from interlace.trainer.models.language_model import LanguageModel
+from interlace.trainer.models.model import Model
+from interlace.trainer.objectives import Loss, Objective
 from interlace.trainer.observe.console import Console
+from interlace.trainer.observe.expert_load import describe_loads
 from interlace.trainer.observe.metrics import MetricsWriter, StepRecord
 from interlace.trainer.optimizer import set_learning_rate
 from interlace.trainer.plan import Plan
@@ -43,8 +45,42 @@ class Parts:
     attempt: int
     corpus_digest: str
     batches: StepBatches
-    model: LanguageModel
+    model: Model
+    objective: Objective
     state: TrainingState
+
+
+class StepSums:
+    """What the micro-batches of one rank add up to in one step."""
+
+    def __init__(self) -> None:
+        self.loss = 0.0
+        self.details: dict[str, float] = {}
+        self.loads: list[torch.Tensor] = []
+
+    def add(self, loss: Loss, accumulation: int) -> None:
+        """Count one of `accumulation` micro-batches."""
+        self.loss += float(loss.mean_nll.detach()) / accumulation
+        for name, value in loss.details.items():
+            share = float(value.detach()) / accumulation
+            self.details[name] = self.details.get(name, 0.0) + share
+        loads = [load.cpu().double() for load in loss.expert_loads]
+        before = self.loads or [torch.zeros_like(load) for load in loads]
+        self.loads = [total + load for total, load in zip(before, loads, strict=True)]
+
+    def packed(self, stop: bool) -> torch.Tensor:
+        """Return loss, wish to stop, details and loads as one vector to be summed over ranks."""
+        head = torch.tensor([self.loss, float(stop), *self.details.values()], dtype=torch.float64)
+        return torch.cat([head, *self.loads])
+
+    def unpacked(
+        self, total: torch.Tensor, ranks: int
+    ) -> tuple[dict[str, float], list[torch.Tensor]]:
+        """Return the details, as means over ranks, and the loads, as sums, of a summed vector."""
+        first = 2 + len(self.details)
+        means = [float(value) / ranks for value in total[2:first]]
+        loads = list(total[first:].split([len(load) for load in self.loads])) if self.loads else []
+        return dict(zip(self.details, means, strict=True)), loads
 
 
 @dataclass
@@ -55,6 +91,8 @@ class StepNotes:
     gradient_norm: float = 0.0
     rate: float = 0.0
     skipped: bool = False
+    details: dict[str, float] = field(default_factory=dict[str, float])
+    expert_loads: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     validation: Validation | None = None
     started: float = field(default_factory=time.perf_counter)
 
@@ -100,33 +138,28 @@ class Run:
         """Accumulate the gradient of one step; return its mean loss over all ranks (nats per
         token).
 
-        The same exchange tells every rank whether any of them was asked to stop.
+        The same exchange tells every rank whether any of them was asked to stop, and what the
+        objective and the experts report.
         """
         plan, world = self.plan, self.parts.world
         self.notes.rate = learning_rate(step, plan.steps, self.parts.config.optimizer)
         # Before backward: with overlap an update begins as soon as its gradients are complete.
         set_learning_rate(self.parts.state.optimizer, self.notes.rate)
-        total = torch.zeros(2, dtype=torch.float64)
+        sums = StepSums()
         for batch in self.parts.batches.of_step(step):
-            total[0] += self.backward_of(batch) / plan.accumulation
-        total[1] = float(self.stop.received)
-        total = world.sum(total)
+            sums.add(self.backward_of(batch), plan.accumulation)
+        total = world.sum(sums.packed(self.stop.received))
         self.stop_requested = bool(total[1] > 0)
+        self.notes.details, self.notes.expert_loads = sums.unpacked(total, world.size)
         return float(total[0]) / world.size
 
-    def backward_of(self, batch: Batch) -> float:
-        """Run one micro-batch forward and backward; return its mean loss."""
+    def backward_of(self, batch: Batch) -> Loss:
+        """Run one micro-batch forward and backward; return its losses."""
         failpoint("step.forward")
-        loss = self.parts.model(
-            batch.tokens,
-            batch.targets,
-            segments=batch.segments,
-            positions=batch.positions,
-            z_loss=self.parts.config.train.z_loss,
-        )
+        loss = self.parts.objective.loss(self.parts.model, batch)
         failpoint("step.backward")
         (loss.objective / self.plan.accumulation).backward()
-        return float(loss.mean_nll.detach())
+        return loss
 
     def gradient_norm(self) -> float:
         """Return the global gradient norm over all ranks."""
@@ -144,6 +177,7 @@ class Run:
         bad = not (is_finite(batch_loss) and is_finite(norm))
         if not bad:
             optimizer.step()
+            self.parts.model.balance_experts(self.notes.expert_loads)
         self.notes.loss, self.notes.gradient_norm = batch_loss, norm
         self.notes.skipped = bad
         self.progress = advance(self.progress, self.plan.tokens_per_step, bad)
@@ -185,7 +219,8 @@ class Run:
         every, step = self.parts.config.train.validate_every_steps, self.progress.step
         if step != self.plan.steps and not (every and step % every == 0):
             return
-        self.notes.validation = validate(self.parts.model, self.parts.batches, self.parts.world)
+        parts = self.parts
+        self.notes.validation = validate(parts.model, parts.objective, parts.batches, parts.world)
         self.last_validation_loss = self.notes.validation.loss
 
     def observe(self) -> None:
@@ -223,6 +258,7 @@ class Run:
             val_bits_per_byte=validation.bits_per_byte if validation else None,
             val_perplexity=validation.perplexity if validation else None,
             skipped=True if notes.skipped else None,
+            details=notes.details | describe_loads(notes.expert_loads),
         )
 
     def newest_update(self) -> UpdateReport | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from interlace.trainer.models.language_model import LanguageModel
+from interlace.trainer.models.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class SamplingSettings:
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel, prompt: Sequence[int], end_of_text: int, settings: SamplingSettings
+    model: Model, prompt: Sequence[int], end_of_text: int, settings: SamplingSettings
 ) -> Iterator[int]:
     """Yield the ids that follow `prompt`, up to the end of text or `max_tokens`."""
     device = model.embedding.weight.device

@@ -14,7 +14,8 @@ from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.data.prepare import TOKENIZER_NAME
 from interlace.trainer.data.tokenizers import Tokenizer, load_tokenizer
 from interlace.trainer.errors import CheckpointError
-from interlace.trainer.models.language_model import LanguageModel
+from interlace.trainer.models.model import Model
+from interlace.trainer.objectives import objective_of
 from interlace.trainer.run_folder import read_config
 from interlace.trainer.sampling import SamplingSettings, generate
 
@@ -23,7 +24,7 @@ from interlace.trainer.sampling import SamplingSettings, generate
 class SavedModel:
     """A model as the newest intact checkpoint of a run has it."""
 
-    model: LanguageModel
+    model: Model
     tokenizer: Tokenizer
     config: RunConfig
     step: int
@@ -49,7 +50,8 @@ def load_saved_model(run: Path, device: torch.device | None = None) -> SavedMode
     with torch.device("meta"):
         # A model may be used where its training's kernels are not.
         shape = config.model.model_copy(update={"attention_backend": "auto"})
-        model = LanguageModel(shape, scalars.vocabulary_size)
+        anywhere = config.model_copy(update={"model": shape})
+        model = objective_of(config).build(anywhere, scalars.vocabulary_size, torch.float32)
     model.load_state_dict(weights, assign=True)
     model = model.to(device or torch.device("cpu")).eval()
     return SavedModel(model, load_tokenizer(run / TOKENIZER_NAME), config, scalars.progress.step)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from interlace.trainer.batches import StepBatches
-from interlace.trainer.models.language_model import LanguageModel
+from interlace.trainer.models.model import Model
+from interlace.trainer.objectives import Objective
 from interlace.trainer.world import World
 
 
@@ -29,16 +30,14 @@ class Validation:
 
 
 @torch.no_grad()
-def validate(model: LanguageModel, batches: StepBatches, world: World) -> Validation:
+def validate(model: Model, objective: Objective, batches: StepBatches, world: World) -> Validation:
     """Measure the model on the validation rows; every rank takes part and gets the same answer."""
     start = time.perf_counter()
     totals = torch.zeros(2, dtype=torch.float64)
     model.eval()
     for batch, counted in batches.of_validation():
-        loss = model(
-            batch.tokens, batch.targets, segments=batch.segments, positions=batch.positions
-        )
-        totals += counted * torch.tensor([float(loss.mean_nll), 1.0], dtype=torch.float64)
+        loss = float(objective.held_out_nll(model, batch))
+        totals += counted * torch.tensor([loss, 1.0], dtype=torch.float64)
     model.train()
     totals = world.sum(totals)
     mean = float(totals[0] / totals[1])

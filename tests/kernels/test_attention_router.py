@@ -300,7 +300,7 @@ def test_choosing_asks_nothing_of_the_table_where_a_name_is_given(
 
 
 def test_recipes_know_the_same_names() -> None:
-    from interlace.trainer.config.schema import ModelSection
+    from interlace.trainer.config.model_section import ModelSection
 
     names = get_args(ModelSection.model_fields["attention_backend"].annotation)
     assert set(names) == {"auto", *BACKENDS}

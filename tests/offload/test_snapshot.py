@@ -1,5 +1,6 @@
 """A checkpoint that is taken while an update goes on holds one step, whole."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,16 @@ from interlace.trainer.world import World
 
 PARTS, ELEMENTS = 16, 8_000_000
 """128M bfloat16 weights: masters and momentum are 1.02 GB, the stored checkpoint likewise."""
+
+
+class NothingMore:
+    """An objective that remembers nothing."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        assert not tensors
 
 
 @pytest.fixture
@@ -42,7 +53,7 @@ def test_a_gigabyte_saved_during_an_update_is_never_torn(
     training: tuple[torch.nn.ParameterList, OffloadedOptimizer], tmp_path: Path
 ) -> None:
     model, optimizer = training
-    state = TrainingState(model, optimizer, World())
+    state = TrainingState(model, optimizer, NothingMore(), World())
     ones = torch.ones(ELEMENTS, dtype=torch.bfloat16)
     for step in range(1, 4):
         for weight in model:

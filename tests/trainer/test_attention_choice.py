@@ -12,7 +12,7 @@ from interlace.kernels.attention import api, backends, router
 from interlace.kernels.attention.measurements import rows_of
 from interlace.trainer.attention_choice import attention_backend, training_request
 from interlace.trainer.config import RunConfig, load_recipe
-from interlace.trainer.config.schema import ModelSection
+from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.language_model import LanguageModel
 from interlace.trainer.plan import Setting, resolve
@@ -132,7 +132,7 @@ def test_a_run_may_go_on_with_other_kernels_and_says_so(tmp_path: Path) -> None:
 
 SHARDED = """
 import torch
-from interlace.trainer.config.schema import ModelSection
+from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.language_model import LanguageModel
 from interlace.trainer.parallel import recompute_layers, shard

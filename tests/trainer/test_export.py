@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from interlace.trainer.config.schema import ModelSection, RunConfig
+from interlace.trainer.config.model_section import ModelSection
+from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.data.prepare import TOKENIZER_NAME
 from interlace.trainer.data.tokenizers import Tokenizer, byte_tokenizer, train_bpe
 from interlace.trainer.errors import ConfigError

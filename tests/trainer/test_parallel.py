@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from interlace.trainer.config.schema import ModelSection, TrainSection
+from interlace.trainer.config.model_section import ModelSection
+from interlace.trainer.config.schema import TrainSection
 from interlace.trainer.models.language_model import LanguageModel
 from interlace.trainer.parallel import (
     EXPENSIVE_OPERATIONS,

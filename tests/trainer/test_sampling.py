@@ -5,7 +5,7 @@ import collections
 import pytest
 import torch
 
-from interlace.trainer.config.schema import ModelSection
+from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.models.language_model import LanguageModel
 from interlace.trainer.sampling import SamplingSettings, draw, generate
 

@@ -1,7 +1,8 @@
 """What a checkpoint of a training run holds, and how all ranks save and load it together.
 
 Tensors: fp32 weights and optimizer moments under canonical names (`model.<parameter>`,
-`optimizer.<parameter>.<moment>`). Scalars, as JSON in the manifest: step, tokens, skipped steps,
+`optimizer.<parameter>.<moment>`), buffers of the model beside its weights, and what the objective
+remembers (`objective.<name>`). Scalars, as JSON in the manifest: step, tokens, skipped steps,
 the RNG state of every rank, the digest of the corpus and the configuration. The learning rate
 schedule and the data order are pure functions of the step and need nothing more.
 """
@@ -11,6 +12,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy
 import torch
@@ -116,12 +118,21 @@ Failure = SaveError | Superseded
 """Why a save did not happen: it may be tried again, or another start of the run has taken over."""
 
 
+class Remembers(Protocol):
+    """What a checkpoint needs of an objective."""
+
+    def state(self) -> dict[str, torch.Tensor]: ...
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
+
+
 @dataclass(frozen=True)
 class TrainingState:
     """The live objects that a checkpoint saves and restores."""
 
     model: nn.Module
     optimizer: OffloadedOptimizer
+    objective: Remembers
     world: World
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -138,12 +149,20 @@ class TrainingState:
             state = self.optimizer.state[parameter]
             for key in ("step", *self.optimizer.rule.moments):
                 named[f"optimizer.{name}.{key}"] = state[key]
+        named |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
+        named |= {f"objective.{name}": tensor for name, tensor in self.objective.state().items()}
         return named
 
     def adopt(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Make what `tensors` returned, after it was filled from a checkpoint, the live state."""
         for name, parameter in self.model.named_parameters():
             self.optimizer.set_master(parameter, tensors[f"model.{name}"])
+        remembered = {
+            name.removeprefix("objective."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("objective.")
+        }
+        self.objective.restore(remembered)
 
 
 def encode(state: torch.Tensor) -> str:

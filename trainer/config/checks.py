@@ -103,12 +103,41 @@ def kv_heads_divide_heads(config: RunConfig) -> str | None:
     )
 
 
+def plugins_are_loaded(config: RunConfig) -> str | None:
+    """Files of plug-ins exist and can be imported; what they register is known from here on."""
+    from interlace.trainer.registry import load_plugins
+
+    try:
+        load_plugins(config.model.plugins)
+    except ConfigError as error:
+        return error.problems[0]
+    return None
+
+
+def objective_is_known(config: RunConfig) -> str | None:
+    """The objective is registered."""
+    from interlace.trainer.objectives import OBJECTIVES
+
+    name = config.train.objective
+    return None if name in OBJECTIVES.names() else OBJECTIVES.unknown(name)
+
+
 def pattern_is_known(config: RunConfig) -> str | None:
     """Every letter of the pattern names a registered block."""
+    from interlace.trainer.models.depth import layer_patterns
     from interlace.trainer.models.registry import registered_letters
 
     known = registered_letters()
-    unknown = [letter for letter in dict.fromkeys(config.model.pattern) if letter not in known]
+    try:
+        letters = "".join(layer_patterns(config.model))
+    except ConfigError as error:
+        return error.problems[0]
+    except ValueError as error:
+        return (
+            f"model.pattern={config.model.pattern}: {error}; write layers as words, as in "
+            "model.pattern='AF MF*3'"
+        )
+    unknown = [letter for letter in dict.fromkeys(letters) if letter not in known]
     if not unknown:
         return None
     return (
@@ -237,7 +266,9 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     heads_divide_width,
     head_width_is_even,
     kv_heads_divide_heads,
+    plugins_are_loaded,
     pattern_is_known,
+    objective_is_known,
     step_holds_whole_rows,
     validation_holds_a_row,
     mixture_has_sources,

@@ -16,7 +16,8 @@ from typing import cast, get_args
 
 from interlace.trainer.config.checks import validate
 from interlace.trainer.config.problems import near_miss
-from interlace.trainer.config.schema import RunConfig, Section
+from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.config.section import Section
 from interlace.trainer.errors import ConfigError
 
 Table = dict[str, object]
@@ -56,7 +57,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_recipe(name)
     document = read_toml(path)
-    layers = [*read_layers(path), Layer("command line", parse_overrides(overrides))]
+    typed = parse_overrides(overrides)
+    plugins_beside(typed, Path.cwd())
+    layers = [*read_layers(path), Layer("command line", typed)]
     merged: Table = {}
     origins: dict[str, tuple[Origin, ...]] = {}
     for layer in layers:
@@ -125,12 +128,26 @@ def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
     document = read_toml(path)
     parent = document.pop("extends", None)
     document.pop("description", None)
+    plugins_beside(document, path.parent)
     here = Layer(f"recipe {path.stem} ({path})", document)
     if parent is None:
         return [here]
     if not isinstance(parent, str):
         raise ConfigError([f"recipe {path.stem}: extends={parent!r} must be one recipe's name"])
     return [*read_layers(find_recipe(parent, beside=path.parent), (*seen, path)), here]
+
+
+def plugins_beside(sections: Table, folder: Path) -> None:
+    """Make the plug-in files that tables name absolute, seen from where the tables are written."""
+    model = sections.get("model")
+    if not isinstance(model, dict):
+        return
+    files = cast(Table, model).get("plugins")
+    if isinstance(files, list):
+        cast(Table, model)["plugins"] = [
+            str((folder / Path(file).expanduser()).absolute()) if isinstance(file, str) else file
+            for file in cast(list[object], files)
+        ]
 
 
 def merge(target: Table, layer: Layer, origins: dict[str, tuple[Origin, ...]]) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from interlace.trainer.config.schema import RunConfig, Section
+from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.config.section import Section
 
 SYNONYMS = {
     "learning_rate": "optimizer.peak_lr",

@@ -8,21 +8,10 @@ turns it into what will happen. Values that depend on each other are checked in
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, unknown keys refused, no silent conversion between
-    types.
-    """
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, strict=True
-    )
+from interlace.trainer.config.model_section import ModelSection
+from interlace.trainer.config.section import Fraction, NonNegativeInt, PositiveInt, Section
 
 
 class RunSection(Section):
@@ -38,52 +27,6 @@ class RunSection(Section):
 
     seed: NonNegativeInt = 0
     """Seed of the initial weights, the data order and the samples."""
-
-
-class ModelSection(Section):
-    """The shape of the model: a stack of layers, each the residual blocks that `pattern` spells."""
-
-    pattern: Annotated[str, Field(min_length=1)] = "AF"
-    """Residual blocks of one layer, a letter each (A: attention, F: SwiGLU feed-forward)."""
-
-    layers: PositiveInt = 4
-    """How often the pattern is repeated."""
-
-    width: PositiveInt = 192
-    """Width of the residual stream."""
-
-    heads: PositiveInt = 4
-    """Query heads of an attention block."""
-
-    kv_heads: PositiveInt | None = None
-    """Key and value heads (grouped-query attention); unset means as many as query heads."""
-
-    head_width: PositiveInt | None = None
-    """Width of one head; unset means `width / heads`."""
-
-    ffn_width: PositiveInt | None = None
-    """Hidden width of a feed-forward block; unset means 8/3 of the width, rounded up to a
-    multiple of 64.
-    """
-
-    query_key_norm: bool = False
-    """Normalise queries and keys per head (RMSNorm) before the rotary embedding."""
-
-    tie_embeddings: bool = False
-    """Use the embedding matrix as the output head as well."""
-
-    rope_base: Annotated[float, Field(gt=1.0)] = 10_000.0
-    """Base of the rotary position embedding's wavelengths."""
-
-    norm_epsilon: Annotated[float, Field(gt=0.0)] = 1e-5
-    """Added to the mean square inside RMSNorm."""
-
-    attention_backend: Literal[
-        "auto", "reference", "chunked", "sdpa", "flex", "flash_attn", "triton"
-    ] = "auto"
-    """Kernels of attention; auto: as measured, `interlace doctor RECIPE` says which and why. A name
-    wins over the environment variable INTERLACE_ATTENTION.
-    """
 
 
 class SourceSection(Section):
@@ -150,6 +93,11 @@ class DataSection(Section):
 
 class TrainSection(Section):
     """How long, how large a step, in which precision."""
+
+    objective: str = "next_token"
+    """What is minimised: `next_token` likelihood, `energy` (predictions by descent on a learnt
+    energy), `distill` (a teacher's outputs), or a plug-in's.
+    """
 
     steps: PositiveInt = 300
     """Optimizer steps of the whole run."""

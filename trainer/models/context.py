@@ -1,7 +1,9 @@
-"""What every block of a forward pass shares, and what decoding remembers between passes."""
+"""What every block of a forward pass shares, what decoding remembers between passes, and what a
+block that routes tokens reports.
+"""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -10,6 +12,20 @@ class LayerCache(Protocol):
     """Decoding state of one mixer; `length` positions are in it."""
 
     length: int
+
+
+class Routed(NamedTuple):
+    """What a mixer that sends tokens to experts returns.
+
+    Attributes:
+        output: (B, T, D).
+        loss: What the training adds to its objective, a scalar; already weighted.
+        load: How many choices fell on each expert in this pass, (E,) int64.
+    """
+
+    output: torch.Tensor
+    loss: torch.Tensor
+    load: torch.Tensor
 
 
 @dataclass
@@ -49,11 +65,12 @@ class BlockContext:
     """Computed once per forward pass and read by all blocks.
 
     Attributes:
-        rotary: Cosine and sine tables in the compute dtype, each (B or 1, 1, T, K).
+        rotary: Cosine and sine tables in the compute dtype, each (B or 1, 1, T, K), or None where
+            positions are not told (NoPE).
         segments: Document number of each position, (B, T), or None if there are no boundaries.
         cache: Decoding state of the block that is called, or None outside decoding.
     """
 
-    rotary: tuple[torch.Tensor, torch.Tensor]
+    rotary: tuple[torch.Tensor, torch.Tensor] | None
     segments: torch.Tensor | None
     cache: LayerCache | None = None

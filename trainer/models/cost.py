@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from interlace.kernels.cross_entropy import tokens_per_chunk
-from interlace.trainer.config.schema import ModelSection
+from interlace.trainer.config.model_section import ModelSection
+from interlace.trainer.models.depth import layer_patterns
 from interlace.trainer.models.registry import Flops, mixer_class
 from interlace.trainer.models.shapes import head_width
 
@@ -41,11 +42,18 @@ class ForwardPass:
 
 def parameter_count(config: ModelSection, vocabulary_size: int) -> int:
     """Return the number of parameters, tied ones counted once."""
-    blocks = sum(
-        mixer_class(letter).parameter_count(config) + config.width for letter in config.pattern
-    )
     tables = 1 if config.tie_embeddings else 2
-    return config.layers * blocks + config.width + tables * vocabulary_size * config.width
+    return stack_parameters(config) + tables * vocabulary_size * config.width
+
+
+def stack_parameters(config: ModelSection) -> int:
+    """Return the parameters of all layers and of the norm behind them."""
+    blocks = sum(
+        mixer_class(letter).parameter_count(config) + config.width
+        for letters in layer_patterns(config)
+        for letter in letters
+    )
+    return blocks + config.width
 
 
 def flops_per_token(config: ModelSection, vocabulary_size: int, sequence_length: int) -> Flops:
@@ -53,10 +61,14 @@ def flops_per_token(config: ModelSection, vocabulary_size: int, sequence_length:
     them; recomputation is not counted.
     """
     head = 2 * config.width * vocabulary_size
-    total = Flops(head, 2 * head)
-    for letter in config.pattern:
-        cost = mixer_class(letter).flops_per_token(config, sequence_length)
-        total += cost.times(config.layers)
+    return Flops(head, 2 * head) + stack_flops(config, sequence_length)
+
+
+def stack_flops(config: ModelSection, sequence_length: int) -> Flops:
+    """Return the matrix FLOPs of one token in all layers."""
+    total = Flops(0, 0)
+    for letter in "".join(layer_patterns(config)):
+        total += mixer_class(letter).flops_per_token(config, sequence_length)
     return total
 
 
@@ -66,7 +78,9 @@ def activation_bytes(config: ModelSection, vocabulary_size: int, forward: Forwar
     """
     passing = logits_bytes(vocabulary_size, forward)
     if forward.checkpointing != "none":
-        passing = max(passing, forward.tokens * layer_bytes(config, forward))
+        words = set(layer_patterns(config))
+        largest = max(layer_bytes(config, letters, forward) for letters in words)
+        passing = max(passing, forward.tokens * largest)
     return kept_bytes(config, forward) + passing
 
 
@@ -81,35 +95,37 @@ def logits_bytes(vocabulary_size: int, forward: ForwardPass) -> int:
 def kept_bytes(config: ModelSection, forward: ForwardPass) -> int:
     """Return what stays in memory between forward and backward of one pass, in bytes."""
     element = forward.bytes_per_element
+    words = layer_patterns(config)
     match forward.checkpointing:
         case "none":
-            layer = layer_bytes(config, forward)
+            layers = sum(layer_bytes(config, letters, forward) for letters in words)
         case "block":
-            layer = config.width * element
+            layers = len(words) * config.width * element
         case "selective":
-            layer = config.width * element + product_bytes(config, forward)
-    rotary = 2 * head_width(config) * element
+            layers = len(words) * config.width * element
+            layers += sum(product_bytes(config, letters, forward) for letters in words)
+    rotary = 2 * head_width(config) * element if config.positions == "rope" else 0
     # The head's gradient of its input is computed in the forward pass.
     head = config.width * element
     documents = DOCUMENT_BYTES if "A" in config.pattern else 0
-    per_token = config.layers * layer + norm_bytes(config, element) + rotary + head + documents
+    per_token = layers + norm_bytes(config, element) + rotary + head + documents
     return forward.tokens * per_token
 
 
-def layer_bytes(config: ModelSection, forward: ForwardPass) -> int:
-    """Return what one layer keeps of one token without recomputation, in bytes."""
+def layer_bytes(config: ModelSection, letters: str, forward: ForwardPass) -> int:
+    """Return what a layer of these blocks keeps of one token without recomputation, in bytes."""
     total = 0
-    for letter in config.pattern:
+    for letter in letters:
         saved = mixer_class(letter).saved_elements(config, forward.sequence_length)
         total += saved.kept * forward.bytes_per_element + 4 * saved.kept_wide
         total += norm_bytes(config, forward.bytes_per_element)
     return total
 
 
-def product_bytes(config: ModelSection, forward: ForwardPass) -> int:
-    """Return the results of one layer's matrix products and attention for one token, in bytes."""
+def product_bytes(config: ModelSection, letters: str, forward: ForwardPass) -> int:
+    """Return the results of a layer's matrix products and attention for one token, in bytes."""
     total = 0
-    for letter in config.pattern:
+    for letter in letters:
         saved = mixer_class(letter).saved_elements(config, forward.sequence_length)
         total += saved.products * forward.bytes_per_element + 4 * saved.products_wide
     return total

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from interlace.trainer.config.schema import ModelSection
+from interlace.trainer.config.model_section import ModelSection
+from interlace.trainer.models.depth import layer_patterns
 
 EMBEDDING_DEVIATION = 0.02
 
@@ -29,6 +30,6 @@ def residual_matrix_value(
     Its deviation is divided by the root of the number of blocks, so that the stream's variance does
     not grow with depth (Radford et al. 2019, GPT-2, section 2.3).
     """
-    blocks = config.layers * len(config.pattern)
+    blocks = len("".join(layer_patterns(config)))
     deviation = 1.0 / math.sqrt(shape[1]) / math.sqrt(blocks)
     return torch.normal(0.0, deviation, shape, generator=generator)

@@ -1,33 +1,47 @@
 """The language model: embedding, a stack of pre-norm residual blocks spelled by a pattern, norm,
 head.
 
-A `Layer` is one repetition of the pattern; it is the unit of sharding, recomputation and
-compilation. Parameters may be wider than the compute dtype: they are cast where they are used.
-Initial values depend on the seed and the parameter's name only, so every number of ranks starts
-from the same weights.
+A `Layer` is one word of the pattern; it is the unit of sharding, recomputation and compilation.
+Parameters may be wider than the compute dtype: they are cast where they are used.
 """
 
-import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import functional
 
-from interlace.kernels import HeadLoss, linear_cross_entropy, rotary_tables
-from interlace.trainer.config.schema import ModelSection
-from interlace.trainer.models.context import BlockContext, LayerCache
-from interlace.trainer.models.initial import embedding_value
+from interlace.kernels import linear_cross_entropy, rotary_tables
+from interlace.trainer.config.model_section import ModelSection
+from interlace.trainer.models.context import BlockContext, LayerCache, Routed
+from interlace.trainer.models.depth import layer_patterns
 from interlace.trainer.models.layers import Linear, RMSNorm
+from interlace.trainer.models.model import Balances, Caches, Model
 from interlace.trainer.models.registry import mixer_class
 from interlace.trainer.models.shapes import head_width
 
-MIXER_PARAMETER = re.compile(r"layers\.\d+\.blocks\.(?P<block>\d+)\.mixer\.(?P<rest>.+)")
+
+class Routing(NamedTuple):
+    """What one block with experts reports: its share of the objective, and choices per expert."""
+
+    loss: torch.Tensor
+    load: torch.Tensor
+
+
+class LanguageLoss(NamedTuple):
+    """Losses of one pass.
+
+    Attributes:
+        objective: What is differentiated: likelihood, z-loss and balance losses, a scalar.
+        mean_nll: Mean negative log-likelihood, nats per token.
+        expert_loads: Choices per expert, (E,) int64, for each block with experts from the first.
+    """
+
+    objective: torch.Tensor
+    mean_nll: torch.Tensor
+    expert_loads: list[torch.Tensor]
 
 
 class Block(nn.Module):
@@ -38,35 +52,47 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         self.mixer = mixer_class(letter)(config)
 
-    def forward(self, x: torch.Tensor, context: BlockContext) -> torch.Tensor:
-        """Map (B, T, D) to (B, T, D)."""
-        return x + self.mixer.forward(self.norm(x), context)
+    def forward(self, x: torch.Tensor, context: BlockContext) -> tuple[torch.Tensor, Routed | None]:
+        """Map (B, T, D) to (B, T, D); also return what a block with experts reports."""
+        mixed = self.mixer.forward(self.norm(x), context)
+        if isinstance(mixed, Routed):
+            return x + mixed.output, mixed
+        return x + mixed, None
 
 
 class Layer(nn.Module):
-    """One repetition of the pattern."""
+    """One word of the pattern."""
 
-    def __init__(self, config: ModelSection) -> None:
+    def __init__(self, letters: str, config: ModelSection) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(letter, config) for letter in config.pattern)
+        self.blocks = nn.ModuleList(Block(letter, config) for letter in letters)
 
     def forward(
         self,
         x: torch.Tensor,
         context: BlockContext,
         caches: Sequence[LayerCache | None] | None = None,
-    ) -> torch.Tensor:
-        """Map (B, T, D) to (B, T, D); `caches` holds one decoding state per block."""
+    ) -> tuple[torch.Tensor, list[Routing]]:
+        """Map (B, T, D) to (B, T, D); `caches` holds one decoding state per block.
+
+        Returns:
+            The result, and loss and load of every block with experts: results of the layer, so that
+            sharding and recomputation see them.
+        """
+        routings: list[Routing] = []
         for number, block in enumerate(self.blocks):
-            x = block(x, context if caches is None else replace(context, cache=caches[number]))
-        return x
+            seen = context if caches is None else replace(context, cache=caches[number])
+            x, routed = block(x, seen)
+            if routed is not None:
+                routings.append(Routing(routed.loss, routed.load))
+        return x, routings
 
     def new_caches(self, batch: int, length: int, like: torch.Tensor) -> list[LayerCache | None]:
         """Return one empty decoding state per block, in the dtype and on the device of `like`."""
         return [cast(Block, block).mixer.new_cache(batch, length, like) for block in self.blocks]
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Model):
     """Next-token model over a vocabulary."""
 
     def __init__(
@@ -76,7 +102,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.embedding = nn.Embedding(vocabulary_size, config.width)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(letters, config) for letters in layer_patterns(config))
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         self.head = None if config.tie_embeddings else Linear(config.width, vocabulary_size)
 
@@ -88,7 +114,7 @@ class LanguageModel(nn.Module):
         segments: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         z_loss: float = 0.0,
-    ) -> HeadLoss:
+    ) -> LanguageLoss:
         """Return the mean loss of predicting `targets`.
 
         The loss is computed in here, so that a sharded head is whole where it is needed.
@@ -100,15 +126,19 @@ class LanguageModel(nn.Module):
             positions: (B, T) positions inside the documents; counted from 0 by default.
             z_loss: Weight of the z-loss.
         """
-        hidden = self.hidden(tokens, segments, positions)
-        return linear_cross_entropy(
+        hidden, routings = self.hidden(tokens, segments, positions)
+        loss = linear_cross_entropy(
             hidden.flatten(0, 1), self.head_weight(), targets.flatten(), z_loss=z_loss
         )
+        objective = loss.objective
+        for routing in routings:
+            objective = objective + routing.loss
+        return LanguageLoss(objective, loss.mean_nll, [routing.load for routing in routings])
 
     def logits(
         self,
         tokens: torch.Tensor,
-        caches: Sequence[Sequence[LayerCache | None]] | None = None,
+        caches: Caches | None = None,
         *,
         last_only: bool = False,
     ) -> torch.Tensor:
@@ -126,7 +156,7 @@ class LanguageModel(nn.Module):
         if caches is not None:
             start = next((c.length for layer in caches for c in layer if c is not None), 0)
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-        hidden = self.hidden(tokens, None, positions, caches)
+        hidden, _ = self.hidden(tokens, None, positions, caches)
         hidden = hidden[:, -1:] if last_only else hidden
         return functional.linear(hidden, self.head_weight().to(hidden.dtype)).float()
 
@@ -135,62 +165,55 @@ class LanguageModel(nn.Module):
         tokens: torch.Tensor,
         segments: torch.Tensor | None,
         positions: torch.Tensor | None,
-        caches: Sequence[Sequence[LayerCache | None]] | None = None,
-    ) -> torch.Tensor:
-        """Return the normed output of the stack, (B, T, D) in the compute dtype."""
+        caches: Caches | None = None,
+    ) -> tuple[torch.Tensor, list[Routing]]:
+        """Return the normed output of the stack, (B, T, D) in the compute dtype, and what blocks
+        with experts report.
+        """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        cosine, sine = rotary_tables(positions, head_width(self.config), self.config.rope_base)
-        # Cast once: a cast at use would leave a copy in every layer for the backward pass.
-        rotary = cosine.to(self.compute_dtype), sine.to(self.compute_dtype)
-        context = BlockContext(rotary=rotary, segments=segments)
+        context = BlockContext(
+            rotary=rotary_in(self.compute_dtype, positions, self.config), segments=segments
+        )
         x = functional.embedding(tokens, self.embedding.weight).to(self.compute_dtype)
+        routings: list[Routing] = []
         for number, layer in enumerate(self.layers):
-            x = layer(x, context) if caches is None else layer(x, context, caches[number])
-        return self.norm(x)
+            x, found = layer(x, context) if caches is None else layer(x, context, caches[number])
+            routings += found
+        return self.norm(x), routings
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """The layers: what is sharded, recomputed and compiled one by one."""
+        return list(self.layers)
+
+    def balance_experts(self, loads: Sequence[torch.Tensor]) -> None:
+        """Let every block with experts answer to the choices, (E,), of a whole step."""
+        blocks = [
+            block.mixer
+            for layer in self.layers
+            for block in cast(Layer, layer).blocks
+            if isinstance(block.mixer, Balances)
+        ]
+        for mixer, load in zip(blocks, loads, strict=True):
+            mixer.balance(load)
 
     def head_weight(self) -> torch.Tensor:
         """Return the output matrix (V, D)."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def new_caches(self, batch: int, length: int) -> list[list[LayerCache | None]]:
+    def new_caches(self, batch: int, length: int) -> Caches:
         """Return empty decoding state for `length` positions: one entry per layer and block."""
         like = torch.empty(0, dtype=self.compute_dtype, device=self.embedding.weight.device)
         return [cast(Layer, layer).new_caches(batch, length, like) for layer in self.layers]
 
-    @torch.no_grad()
-    def initialise(self, seed: int) -> None:
-        """Fill all parameters, also sharded ones, with their initial values for `seed`."""
-        for name, parameter in self.named_parameters():
-            fill(parameter, initial_value(name, tuple(parameter.shape), seed, self.config))
 
-
-def initial_value(
-    name: str, shape: tuple[int, ...], seed: int, config: ModelSection
-) -> torch.Tensor:
-    """Return the whole initial value of one parameter, fp32 on the CPU.
-
-    It is a function of the seed, the parameter's name and its shape only. Norm gains are 1,
-    embedding and head normal with deviation 0.02; mixers say how their own parameters start.
-    """
-    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-    inside = MIXER_PARAMETER.fullmatch(name)
-    if inside is not None:
-        letter = config.pattern[int(inside["block"])]
-        return mixer_class(letter).initial_value(inside["rest"], shape, config, generator)
-    if name in {"embedding.weight", "head.weight"}:
-        return embedding_value(shape, generator)
-    return torch.ones(shape)
-
-
-def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy this rank's part of a whole value into a plain or sharded parameter."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(value)
-        return
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    index = tuple(slice(first, first + n) for first, n in zip(offset, shape, strict=True))
-    parameter.to_local().copy_(value[index])
+def rotary_in(
+    dtype: torch.dtype, positions: torch.Tensor, config: ModelSection
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the tables of rotary embedding for positions (B or 1, T), or None for NoPE."""
+    if config.positions == "none":
+        return None
+    cosine, sine = rotary_tables(positions, head_width(config), config.rope_base)
+    # Cast once: a cast at use would leave a copy in every layer for the backward pass.
+    return cosine.to(dtype), sine.to(dtype)

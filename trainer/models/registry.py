@@ -1,25 +1,26 @@
 """Blocks by letter: sequence mixers and channel mixers register themselves, one small file each.
 
-A mixer is a class built from the recipe's `[model]` table. It maps (B, T, D) to (B, T, D) and says
-what it costs, in class methods next to the layers they count. This module needs no torch, so that
-recipes can be checked before anything heavy is loaded: the built-in mixers are named here and
-imported when one is built.
+A mixer is a class built from the recipe's `[model]` table. It maps (B, T, D) to (B, T, D), declares
+what may be relied on (`Traits`), and says what it costs, in class methods next to the layers they
+count; `interlace conform mixer NAME` holds every declaration against what the mixer does. This
+module needs no torch, so that recipes can be checked before anything heavy is loaded: the built-in
+mixers are named here and imported when one is built.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 from interlace.trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-    from interlace.trainer.config.schema import ModelSection
-    from interlace.trainer.models.context import BlockContext, LayerCache
+    from interlace.trainer.config.model_section import ModelSection
+    from interlace.trainer.models.context import BlockContext, LayerCache, Routed
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,39 @@ class SavedElements:
     products_wide: int = 0
 
 
+Role = Literal["hidden", "readout", "vector"]
+"""How a parameter scales with the width (Yang et al. 2022, arXiv 2203.03466, table 8): a matrix
+between widths, a matrix from the width to a fixed number of outputs, or anything with at most one
+side that grows.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What may be relied on of a mixer.
+
+    Attributes:
+        causal: No position sees a later one.
+        order: How often it can be differentiated; `any` where plain torch does all of it.
+        resets: Nothing crosses a document boundary where `BlockContext.segments` marks them.
+        decoding: What is remembered between tokens: keys and values, a state of fixed size, or
+            nothing because every position is worked on alone.
+    """
+
+    causal: bool = True
+    order: int | Literal["any"] = "any"
+    resets: bool = True
+    decoding: Literal["keys and values", "state", "nothing"]
+
+
 class Mixer(Protocol):
     """What a block brings; an `nn.Module` that also satisfies this."""
 
+    traits: ClassVar[Traits]
+
     def __init__(self, config: ModelSection) -> None: ...
 
-    def forward(self, x: torch.Tensor, context: BlockContext) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: BlockContext) -> torch.Tensor | Routed:
         """Map (B, T, D) to (B, T, D)."""
         ...
 
@@ -78,9 +106,14 @@ class Mixer(Protocol):
         config: ModelSection,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        """Return the fp32 start of the parameter that is called `name` inside the mixer, on the
-        CPU, drawn from `generator` only.
+        """Return the fp32 start of the parameter or buffer that is called `name` inside the mixer,
+        on the CPU, drawn from `generator` only.
         """
+        ...
+
+    @classmethod
+    def roles(cls, config: ModelSection) -> Mapping[str, Role]:
+        """Return how each parameter scales with the width, by its name inside the mixer."""
         ...
 
     @classmethod
@@ -98,21 +131,37 @@ class Mixer(Protocol):
         """Return what stays of one token in a row of `sequence_length`."""
         ...
 
+    @classmethod
+    def cache_bytes(cls, config: ModelSection, length: int, element_bytes: int) -> int:
+        """Return what decoding keeps of one sequence of `length` positions, in bytes."""
+        ...
+
 
 BUILT_IN = {
     "A": ("attention", "interlace.trainer.models.mixers.attention"),
-    "F": ("SwiGLU feed-forward", "interlace.trainer.models.channel.swiglu"),
+    "E": ("moe", "interlace.trainer.models.channel.moe"),
+    "F": ("swiglu", "interlace.trainer.models.channel.swiglu"),
+    "M": ("mamba2", "interlace.trainer.models.mixers.mamba2"),
 }
 """Letter to name and module of the mixers that come with the project."""
 
 REGISTERED: dict[str, tuple[str, type[Mixer]]] = {}
+
+SEQUENCE_LETTERS: set[str] = {"A", "M"}
+"""Letters of mixers that move information between positions; plug-ins add theirs."""
 
 MixerClass = TypeVar("MixerClass", bound=type[Mixer])
 
 
 def sequence_mixer(letter: str, name: str) -> Callable[[MixerClass], MixerClass]:
     """Register a class that moves information between positions under a capital letter."""
-    return lambda kind: register(letter, name, kind)
+
+    def note(kind: MixerClass) -> MixerClass:
+        registered = register(letter, name, kind)
+        SEQUENCE_LETTERS.add(letter)
+        return registered
+
+    return note
 
 
 def channel_mixer(letter: str, name: str) -> Callable[[MixerClass], MixerClass]:
@@ -156,3 +205,19 @@ def mixer_class(letter: str) -> type[Mixer]:
         )
         raise ConfigError([f"model.pattern={letter}: no such block; known letters: {known}"])
     return REGISTERED[letter][1]
+
+
+def letter_of(name: str) -> str:
+    """Return the letter of a mixer that is given by name or by letter.
+
+    Raises:
+        ConfigError: There is no such mixer.
+    """
+    letters = registered_letters()
+    if name in letters:
+        return name
+    found = [letter for letter, known in letters.items() if known == name]
+    if not found:
+        known = ", ".join(f"{known} ({letter})" for letter, known in sorted(letters.items()))
+        raise ConfigError([f"mixer {name}: there is no such mixer; known: {known}"])
+    return found[0]

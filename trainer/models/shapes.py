@@ -1,6 +1,6 @@
 """Widths that a recipe may leave unset."""
 
-from interlace.trainer.config.schema import ModelSection
+from interlace.trainer.config.model_section import ModelSection
 
 
 def head_width(config: ModelSection) -> int:

@@ -7,7 +7,7 @@ equal bits.
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -28,6 +28,9 @@ TENSORBOARD_TAGS = {
     "device_memory_bytes": "memory/device_bytes",
     "host_memory_bytes": "memory/host_bytes",
 }
+
+DETAIL_TAG = "model/"
+"""Where TensorBoard shows what objective and blocks report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class StepRecord:
         val_bits_per_byte: Held-out bits per byte of text.
         val_perplexity: exp(val_loss).
         skipped: True where the update was left out.
+        details: What objective and blocks report of the step; keys of their own in the file.
     """
 
     step: int
@@ -70,13 +74,16 @@ class StepRecord:
     val_bits_per_byte: float | None = None
     val_perplexity: float | None = None
     skipped: bool | None = None
+    details: dict[str, float] = field(default_factory=dict[str, float])
 
 
 def to_line(record: StepRecord) -> str:
     """Return a record as one line of JSON; numbers that are not finite, which JSON lacks, as
     text.
     """
-    values = {key: value for key, value in asdict(record).items() if value is not None}
+    own = asdict(record)
+    details = own.pop("details")
+    values = {key: value for key, value in own.items() if value is not None} | details
     shown = {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in values.items()
@@ -88,13 +95,14 @@ def from_line(line: str) -> StepRecord | None:
     """Read one line; None for one that a kill has torn."""
     try:
         values: dict[str, Any] = json.loads(line)
-        known = {field.name for field in fields(StepRecord)}
+        numbers = {
+            key: cast(Any, float(value) if isinstance(value, str) else value)
+            for key, value in values.items()
+        }
+        known = {each.name for each in fields(StepRecord)} - {"details"}
+        details = {key: float(value) for key, value in numbers.items() if key not in known}
         return StepRecord(
-            **{
-                key: cast(Any, float(value) if isinstance(value, str) else value)
-                for key, value in values.items()
-                if key in known
-            }
+            **{key: value for key, value in numbers.items() if key in known}, details=details
         )
     except (ValueError, TypeError, AttributeError):
         return None
@@ -137,6 +145,8 @@ class MetricsWriter:
             value = getattr(record, key)
             if value is not None:
                 self.board.add_scalar(tag, value, record.step)
+        for key, value in record.details.items():
+            self.board.add_scalar(DETAIL_TAG + key, value, record.step)
 
     def close(self) -> None:
         """Flush and close both; may be called twice."""

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from interlace.kernels.cross_entropy import DEFAULT_CHUNK_BYTES, linear_cross_entropy
-from interlace.trainer.config.schema import ModelSection
+from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.models.cost import (
     ForwardPass,
     activation_bytes,
@@ -107,7 +107,7 @@ def test_recomputation_adds_one_layer_at_a_time() -> None:
         kept = kept_bytes(SHAPES["plain"], forward)
         peak = activation_bytes(SHAPES["plain"], 1, forward)
         logits = logits_bytes(1, forward)
-        layer = LENGTH * layer_bytes(SHAPES["plain"], forward)
+        layer = LENGTH * layer_bytes(SHAPES["plain"], "AF", forward)
         assert peak - kept == max(logits, layers * layer)
         # Logits of many words outweigh the layer; both are never there at once.
         many = activation_bytes(SHAPES["plain"], 10_000, forward)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from interlace.trainer.config.schema import ModelSection
+from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.data.rows import positions_of, segments_of
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models import registry
@@ -17,7 +17,8 @@ from interlace.trainer.models.cost import (
     kept_bytes,
     parameter_count,
 )
-from interlace.trainer.models.language_model import LanguageModel, initial_value
+from interlace.trainer.models.language_model import LanguageModel
+from interlace.trainer.models.model import initial_value
 from interlace.trainer.parallel import compile_layers, recompute_layers
 from interlace.trainer.sampling import SamplingSettings, generate
 
@@ -153,8 +154,8 @@ def test_packed_documents_are_as_documents_alone(shape: ModelSection) -> None:
     packed = torch.cat(parts, dim=1)
     segments = torch.cat([torch.full((1, p.shape[1]), n) for n, p in enumerate(parts)], dim=1)
     positions = torch.cat([torch.arange(p.shape[1])[None] for p in parts], dim=1)
-    together = model.hidden(packed, segments, positions)
-    alone = torch.cat([model.hidden(part, None, None) for part in parts], dim=1)
+    together = model.hidden(packed, segments, positions)[0]
+    alone = torch.cat([model.hidden(part, None, None)[0] for part in parts], dim=1)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -203,7 +204,7 @@ def test_sampling_stops_repeats_and_can_be_greedy() -> None:
 def test_an_unknown_letter_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError) as caught:
         registry.mixer_class("Z")
-    assert "A (attention), F (SwiGLU feed-forward)" in str(caught.value)
+    assert "A (attention), E (moe), F (swiglu), M (mamba2)" in str(caught.value)
 
 
 def test_a_letter_means_one_thing() -> None:

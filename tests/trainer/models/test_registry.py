@@ -9,16 +9,25 @@ import pytest
 import torch
 from torch import nn
 
-from interlace.trainer.config.schema import ModelSection
+from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.models import registry
 from interlace.trainer.models.context import BlockContext, KeyValueCache
 from interlace.trainer.models.cost import flops_per_token, parameter_count
 from interlace.trainer.models.language_model import LanguageModel
-from interlace.trainer.models.registry import Flops, SavedElements, channel_mixer, sequence_mixer
+from interlace.trainer.models.registry import (
+    Flops,
+    Role,
+    SavedElements,
+    Traits,
+    channel_mixer,
+    sequence_mixer,
+)
 
 
 class Scale(nn.Module):
     """Multiplies every channel by a weight that starts at a half: a mixer of a third party."""
+
+    traits = Traits(decoding="nothing")
 
     def __init__(self, config: ModelSection) -> None:
         super().__init__()
@@ -40,6 +49,14 @@ class Scale(nn.Module):
     ) -> torch.Tensor:
         assert name == "scale"
         return torch.full(shape, 0.5)
+
+    @classmethod
+    def roles(cls, config: ModelSection) -> dict[str, Role]:
+        return {"scale": "vector"}
+
+    @classmethod
+    def cache_bytes(cls, config: ModelSection, length: int, element_bytes: int) -> int:
+        return 0
 
     @classmethod
     def parameter_count(cls, config: ModelSection) -> int:
@@ -89,7 +106,7 @@ def test_registered_letters_are_known_without_loading_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "{'A': 'attention', 'F': 'SwiGLU feed-forward'} False\n"
+    assert done.stdout == "{'A': 'attention', 'E': 'moe', 'F': 'swiglu', 'M': 'mamba2'} False\n"
 
 
 def test_a_built_in_letter_is_taken_also_before_it_is_loaded(registered: dict[str, Any]) -> None:

@@ -1,20 +1,25 @@
 """Channel mixer `F`: the gated feed-forward block SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import nn
 
 from interlace.kernels import swiglu
-from interlace.trainer.config.schema import ModelSection
+from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.models.context import BlockContext
 from interlace.trainer.models.initial import matrix_value, residual_matrix_value
 from interlace.trainer.models.layers import Linear
-from interlace.trainer.models.registry import Flops, SavedElements, channel_mixer
+from interlace.trainer.models.registry import Flops, Role, SavedElements, Traits, channel_mixer
 from interlace.trainer.models.shapes import ffn_width
 
 
-@channel_mixer("F", "SwiGLU feed-forward")
+@channel_mixer("F", "swiglu")
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))`."""
+
+    traits: ClassVar[Traits] = Traits(decoding="nothing")
 
     def __init__(self, config: ModelSection) -> None:
         super().__init__()
@@ -45,6 +50,11 @@ class SwiGLU(nn.Module):
         return matrix_value(shape, generator)
 
     @classmethod
+    def roles(cls, config: ModelSection) -> Mapping[str, Role]:
+        """Three matrices between widths."""
+        return {"gate.weight": "hidden", "up.weight": "hidden", "down.weight": "hidden"}
+
+    @classmethod
     def parameter_count(cls, config: ModelSection) -> int:
         """Weights of the three projections."""
         return 3 * config.width * ffn_width(config)
@@ -60,3 +70,8 @@ class SwiGLU(nn.Module):
         """Results of gate and up, and their gated product."""
         hidden = ffn_width(config)
         return SavedElements(kept=3 * hidden, products=2 * hidden + config.width)
+
+    @classmethod
+    def cache_bytes(cls, config: ModelSection, length: int, element_bytes: int) -> int:
+        """Nothing is remembered between positions."""
+        return 0

@@ -4,21 +4,26 @@ References: grouped queries, Ainslie et al. 2023 (arXiv 2305.13245); query/key n
 2020 (arXiv 2010.04245); rotary positions, Su et al. 2021 (arXiv 2104.09864).
 """
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import nn
 
 from interlace.kernels import apply_rotary, attention
-from interlace.trainer.config.schema import ModelSection
+from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.models.context import BlockContext, KeyValueCache
 from interlace.trainer.models.initial import matrix_value, residual_matrix_value
 from interlace.trainer.models.layers import Linear, RMSNorm
-from interlace.trainer.models.registry import Flops, SavedElements, sequence_mixer
+from interlace.trainer.models.registry import Flops, Role, SavedElements, Traits, sequence_mixer
 from interlace.trainer.models.shapes import head_width, kv_heads
 
 
 @sequence_mixer("A", "attention")
 class Attention(nn.Module):
     """Causal attention inside documents."""
+
+    traits: ClassVar[Traits] = Traits(order=2, decoding="keys and values")
 
     def __init__(self, config: ModelSection) -> None:
         super().__init__()
@@ -43,7 +48,8 @@ class Attention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
-        q, k = apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary)
+        if context.rotary is not None:
+            q, k = apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary)
         if context.cache is not None:
             assert isinstance(context.cache, KeyValueCache), (
                 "attention decodes with keys and values"
@@ -74,6 +80,15 @@ class Attention(nn.Module):
         if name == "output.weight":
             return residual_matrix_value(shape, config, generator)
         return matrix_value(shape, generator)
+
+    @classmethod
+    def roles(cls, config: ModelSection) -> Mapping[str, Role]:
+        """Four matrices between widths; the norms' gains."""
+        names = ("query", "key", "value", "output")
+        roles: dict[str, Role] = {f"{name}.weight": "hidden" for name in names}
+        if config.query_key_norm:
+            roles |= {"query_norm.weight": "vector", "key_norm.weight": "vector"}
+        return roles
 
     @classmethod
     def parameter_count(cls, config: ModelSection) -> int:
@@ -115,3 +130,8 @@ class Attention(nn.Module):
             kept_wide=norms + config.heads,
             products_wide=config.heads,
         )
+
+    @classmethod
+    def cache_bytes(cls, config: ModelSection, length: int, element_bytes: int) -> int:
+        """Keys and values of every position."""
+        return 2 * kv_heads(config) * head_width(config) * length * element_bytes
