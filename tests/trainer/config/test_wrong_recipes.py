@@ -46,8 +46,8 @@ WRONG_OVERRIDES = {
     "coordinates, so it must be even; type model.head_width=34",
     "model.pattern=AX": "model.pattern=AX: no block is registered as X; known letters: "
     "A (attention), E (moe), F (swiglu), M (mamba2)",
-    "model.pattern=af": "model.pattern=af: 'af' is not a word of capital letters, with *N behind it "
-    "or not; write layers as words, as in model.pattern='AF MF*3'",
+    "model.pattern=af": "model.pattern=af: 'af' is not a word of capital letters, with *N behind "
+    "it or not; write layers as words, as in model.pattern='AF MF*3'",
     "model.depth_plan=deep": "model.depth_plan=deep: there is no such depth plan; known: repeat, "
     "spread",
     "train.objective=next": "train.objective=next: there is no such objective; known: distill, "
@@ -56,8 +56,8 @@ WRONG_OVERRIDES = {
     "blocks, a letter each (A: attention, F: SwiGLU, M: Mamba-2, E: mixture of experts). Words "
     "separated by spaces are layers, and `*N` repeats one: `AMF*7 MF*50`); the default is "
     "model.pattern=AF",
-    "model.layers=0": "model.layers=0: must be 1 or more (How often the whole pattern is repeated); "
-    "the default is model.layers=4",
+    "model.layers=0": "model.layers=0: must be 1 or more (How often the whole pattern is "
+    "repeated); the default is model.layers=4",
     "model.rope_base=1": "model.rope_base=1: must be more than 1.0 (Base of the rotary position "
     "embedding's wavelengths); the default is model.rope_base=10000.0",
     "model.attention_backend=flash": "model.attention_backend=flash: must be one of 'auto', "
