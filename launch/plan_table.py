@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from interlace.trainer.config.load import Recipe
 from interlace.trainer.data.prepare import find_prepared
 from interlace.trainer.data.tokenizers import load_tokenizer
 from interlace.trainer.errors import ConfigError, DataError
+from interlace.trainer.models.depth import layer_patterns
 from interlace.trainer.observe.units import human_bytes, human_flops
 from interlace.trainer.plan import Plan, Setting, on_ranks
 
@@ -141,10 +143,16 @@ def run_rows(config: RunConfig, plan: Plan) -> list[Row]:
 def model_rows(config: RunConfig, plan: Plan) -> list[Row]:
     """Shape and size."""
     return [
-        ("blocks", f"{config.model.pattern} x {config.model.layers}, width {config.model.width}"),
+        ("blocks", f"{stack_in_words(config)}, width {config.model.width}"),
         ("vocabulary", f"{plan.vocabulary_size:,}"),
         ("parameters", f"{plan.parameters:,}"),
     ]
+
+
+def stack_in_words(config: RunConfig) -> str:
+    """Return the layers from the first to the last, equal neighbours counted: `MF x 3, AF`."""
+    runs = [(word, len(list(same))) for word, same in groupby(layer_patterns(config.model))]
+    return ", ".join(f"{word} x {count}" if count > 1 else word for word, count in runs)
 
 
 def memory_lines(plan: Plan) -> list[str]:
