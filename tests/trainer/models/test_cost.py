@@ -1,17 +1,14 @@
 """Activation bytes are those of the tensors that are alive between forward and backward."""
 
 import gc
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from interlace.kernels.cross_entropy import DEFAULT_CHUNK_BYTES, linear_cross_entropy
 from interlace.trainer.config.model_section import ModelSection
+from interlace.trainer.conformance.live_memory import LiveTensors, PeakMemory
 from interlace.trainer.models.cost import (
     ForwardPass,
     activation_bytes,
@@ -30,41 +27,6 @@ SHAPES = {
     "without a mask": ModelSection(width=64, heads=4, layers=3, attention_backend="chunked"),
 }
 Checkpointing = Literal["none", "block", "selective"]
-
-
-class LiveTensors(TorchDispatchMode):
-    """Notes the memory of everything computed inside, and knows what of it is still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.noted: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                reference = StorageWeakRef(storage)
-                self.noted[reference.cdata] = reference, storage.nbytes()
-        return result
-
-    def bytes(self) -> int:
-        return sum(size for reference, size in self.noted.values() if not reference.expired())
-
-
-class PeakMemory(LiveTensors):
-    """Notes the most that was alive after any operation."""
-
-    peak = 0
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        result = super().__torch_dispatch__(operation, types, args, kwargs)
-        self.peak = max(self.peak, self.bytes())
-        return result
 
 
 def alive_bytes(model: LanguageModel, rows: int) -> int:
