@@ -60,6 +60,21 @@ class KeyValueCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+@dataclass
+class MambaCache:
+    """What Mamba-2 carries from the positions seen so far: the same size whatever their number.
+
+    Attributes:
+        inputs: (B, W - 1, C), the last inputs of the convolution, oldest first; zeros at first.
+        state: (B, H, P, N), fp32 (fp64 for fp64), the state of the recurrence; zeros at first.
+        length: Positions that are in it.
+    """
+
+    inputs: torch.Tensor
+    state: torch.Tensor
+    length: int = 0
+
+
 @dataclass(frozen=True)
 class BlockContext:
     """Computed once per forward pass and read by all blocks.

@@ -16,3 +16,23 @@ def kv_heads(config: ModelSection) -> int:
 def ffn_width(config: ModelSection) -> int:
     """Hidden width of a feed-forward block: as given, else 8/3 of the width, rounded up to 64."""
     return config.ffn_width or -(-8 * config.width // (3 * 64)) * 64
+
+
+def mamba_inner_width(config: ModelSection) -> int:
+    """Channels of a Mamba-2 block: the width times `mamba_expand`, rounded down."""
+    return int(config.mamba_expand * config.width)
+
+
+def mamba_heads(config: ModelSection) -> int:
+    """Heads of a Mamba-2 block, each of `mamba_head_width` channels."""
+    return mamba_inner_width(config) // config.mamba_head_width
+
+
+def mamba_conv_channels(config: ModelSection) -> int:
+    """Channels that a Mamba-2 block convolves: x, B and C."""
+    return mamba_inner_width(config) + 2 * config.mamba_groups * config.mamba_state_width
+
+
+def mamba_projection_width(config: ModelSection) -> int:
+    """Rows of a Mamba-2 block's input projection: z, x, B, C and one step per head."""
+    return mamba_inner_width(config) + mamba_conv_channels(config) + mamba_heads(config)
