@@ -84,8 +84,10 @@ class BlockContext:
             positions are not told (NoPE).
         segments: Document number of each position, (B, T), or None if there are no boundaries.
         cache: Decoding state of the block that is called, or None outside decoding.
+        order: How often the result will be differentiated; kernels that cannot are left out.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor] | None
     segments: torch.Tensor | None
     cache: LayerCache | None = None
+    order: int = 1

@@ -55,7 +55,9 @@ class Attention(nn.Module):
                 "attention decodes with keys and values"
             )
             k, v = context.cache.append(k, v)
-        mixed = attention(q, k, v, segment_ids=context.segments, backend=self.backend)
+        mixed = attention(
+            q, k, v, segment_ids=context.segments, order=context.order, backend=self.backend
+        )
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def new_cache(self, batch: int, length: int, like: torch.Tensor) -> KeyValueCache:
