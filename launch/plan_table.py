@@ -87,7 +87,7 @@ def expected_vocabulary(config: RunConfig) -> int:
         case "bpe":
             return config.data.vocabulary_size
         case path:
-            return load_tokenizer(Path(path).expanduser()).vocabulary_size
+            return load_tokenizer(Path(path).expanduser(), config.data.end_of_text).vocabulary_size
 
 
 def plan_table(recipe: Recipe, plan: Plan) -> str:

@@ -262,6 +262,17 @@ def tokenizer_exists(config: RunConfig) -> str | None:
     )
 
 
+def end_of_text_has_its_tokenizer(config: RunConfig) -> str | None:
+    """Tokenizers that are made here have an end-of-text token of their own."""
+    data = config.data
+    if data.end_of_text is None or data.tokenizer not in {"bytes", "bpe"}:
+        return None
+    return (
+        f"data.end_of_text={data.end_of_text}: data.tokenizer={data.tokenizer} is made here and "
+        "has its own; type data.end_of_text=none or the path of a tokenizer.json"
+    )
+
+
 CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     heads_divide_width,
     head_width_is_even,
@@ -273,6 +284,7 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     validation_holds_a_row,
     mixture_has_sources,
     tokenizer_exists,
+    end_of_text_has_its_tokenizer,
     overlap_is_exact,
     stride_has_its_strategy,
     trace_span_is_not_empty,

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from interlace.trainer.config.distill_section import DistillSection
 from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.config.section import Fraction, NonNegativeInt, PositiveInt, Section
 
@@ -27,6 +28,11 @@ class RunSection(Section):
 
     seed: NonNegativeInt = 0
     """Seed of the initial weights, the data order and the samples."""
+
+    start_from: str = ""
+    """Run folder, model folder or Hugging Face folder whose weights a new run starts with; empty
+    means fresh ones. A resumed run goes on from its own checkpoints.
+    """
 
 
 class SourceSection(Section):
@@ -61,6 +67,9 @@ class DataSection(Section):
 
     tokenizer: Annotated[str, Field(min_length=1)] = "bytes"
     """`bytes`, `bpe` (byte-level BPE trained on the sources), or the path of a `tokenizer.json`."""
+
+    end_of_text: str | None = None
+    """Token of a `tokenizer.json` that opens every document; unset means the first usual name."""
 
     vocabulary_size: Annotated[int, Field(ge=258)] = 4096
     """Entries of a BPE vocabulary trained here, the end-of-text token included; others bring
@@ -271,6 +280,9 @@ class RunConfig(Section):
 
     train: TrainSection = TrainSection()
     """How long, how large a step, in which precision."""
+
+    distill: DistillSection = DistillSection()
+    """Whom the `distill` objective learns from, and what counts."""
 
     optimizer: OptimizerSection = OptimizerSection()
     """How parameters are updated."""

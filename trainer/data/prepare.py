@@ -75,6 +75,7 @@ class Task:
     dtype: str
     validation_fraction: float
     skip_bad_rows: bool
+    end_of_text: str | None
 
     @property
     def bytes(self) -> int:
@@ -119,7 +120,7 @@ def list_inputs(data: DataSection) -> Inputs:
         tokenizer = f"bpe-{data.vocabulary_size}"
     elif tokenizer != "bytes":
         content = Path(tokenizer).expanduser().read_bytes()
-        tokenizer = hashlib.sha256(content).hexdigest()
+        tokenizer = hashlib.sha256(content + (data.end_of_text or "").encode()).hexdigest()
     key = digest_of(
         {
             "format": FORMAT_VERSION,
@@ -228,7 +229,7 @@ def make_tokenizer(inputs: Inputs, units: list[list[Unit]]) -> Tokenizer:
         return byte_tokenizer()
     if inputs.data.tokenizer == "bpe":
         return train_bpe(training_texts(inputs, units), inputs.data.vocabulary_size)
-    return load_tokenizer(Path(inputs.data.tokenizer).expanduser())
+    return load_tokenizer(Path(inputs.data.tokenizer).expanduser(), inputs.data.end_of_text)
 
 
 def training_texts(inputs: Inputs, units: list[list[Unit]]) -> Iterator[str]:
@@ -276,6 +277,7 @@ def cut_tasks(inputs: Inputs, units: list[list[Unit]], working: Path, dtype: str
                     dtype=dtype,
                     validation_fraction=inputs.data.validation_fraction,
                     skip_bad_rows=inputs.data.on_bad_row == "skip",
+                    end_of_text=inputs.data.end_of_text,
                 )
             )
     return tasks
@@ -326,7 +328,7 @@ def run_task(task: Task) -> TaskResult:
     Raises:
         DataError: A bad row, unless they are to be skipped.
     """
-    tokenizer = load_tokenizer(task.folder / TOKENIZER_NAME)
+    tokenizer = load_tokenizer(task.folder / TOKENIZER_NAME, task.end_of_text)
     stem = f"source-{task.source}"
     writers: dict[SplitName, ShardWriter] = {
         split: ShardWriter(

@@ -129,11 +129,15 @@ def train_bpe(texts: Iterator[str], vocabulary_size: int) -> Tokenizer:
     return Tokenizer(backend, backend.get_vocab()[END_OF_TEXT], is_bytes=False)
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, end_of_text: str | None = None) -> Tokenizer:
     """Load a `tokenizer.json`.
 
+    Args:
+        path: The file.
+        end_of_text: The token that opens every document; None means the first known name.
+
     Raises:
-        DataError: The file is none, or has no known end-of-text token.
+        DataError: The file is none, or has no such end-of-text token.
     """
     from tokenizers import Tokenizer as Backend
 
@@ -144,13 +148,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"{path}: is not a tokenizer.json that the tokenizers library reads: {error}"
         ) from error
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    found = next((name for name in END_OF_TEXT_NAMES if name in vocabulary), None)
+    if end_of_text is not None and end_of_text not in vocabulary:
+        raise DataError(
+            f"data.end_of_text={end_of_text}: {path} has no such token; type the one that ends a "
+            "text there, or leave it unset"
+        )
+    usual = next((name for name in END_OF_TEXT_NAMES if name in vocabulary), None)
+    found = end_of_text or usual
     if found is None:
         special = sorted(token.content for token in backend.get_added_tokens_decoder().values())
         raise DataError(
             f"{path}: has no end-of-text token under a known name "
             f"({', '.join(END_OF_TEXT_NAMES)}); "
-            f"its special tokens are {', '.join(special) or 'none'}; add {END_OF_TEXT} to it"
+            f"its special tokens are {', '.join(special) or 'none'}; name the one that ends a text "
+            "as data.end_of_text"
         )
     symbols = byte_symbols()
     is_bytes = len(vocabulary) == 257 and all(

@@ -8,7 +8,7 @@ from interlace.trainer.config import RunConfig, list_recipes, load_recipe
 from interlace.trainer.config.problems import SYNONYMS, all_settings
 from interlace.trainer.errors import ConfigError
 
-SECTIONS = "run, model, data, train, optimizer, offload, parallel, checkpoint, observe"
+SECTIONS = "run, model, data, train, distill, optimizer, offload, parallel, checkpoint, observe"
 
 WRONG_OVERRIDES = {
     "train.steps=0": "train.steps=0: must be 1 or more (Optimizer steps of the whole run); "
@@ -86,6 +86,8 @@ WRONG_OVERRIDES = {
     "data.on_bad_row=fail",
     "data.tokenizer=gpt2": "data.tokenizer=gpt2: is neither `bytes` nor `bpe`, and there is no "
     "such file; type data.tokenizer=bytes or the path of a tokenizer.json",
+    "data.end_of_text=<eos>": "data.end_of_text=<eos>: data.tokenizer=bytes is made here and has "
+    "its own; type data.end_of_text=none or the path of a tokenizer.json",
     'data.source=""': 'data.source="": there is nothing to train on; type data.source=stdlib',
     "data.vocabulary_size=100": "data.vocabulary_size=100: must be 258 or more (Entries of a BPE "
     "vocabulary trained here, the end-of-text token included; others bring their own); the "

@@ -77,3 +77,10 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path: Path) -> None:
         load_tokenizer(path)
     assert "has no end-of-text token under a known name" in str(caught.value)
     assert "its special tokens are <stop>" in str(caught.value)
+    assert load_tokenizer(path, "<stop>").end_of_text == 256
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(path, "<gone>")
+    assert str(caught.value) == (
+        f"data.end_of_text=<gone>: {path} has no such token; type the one that ends a text there, "
+        "or leave it unset"
+    )
