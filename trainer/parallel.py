@@ -31,6 +31,7 @@ EXPENSIVE_OPERATIONS = (
     "mm",
     "addmm",
     "bmm",
+    "_grouped_mm",
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention",

@@ -18,18 +18,18 @@ def embedding_value(shape: tuple[int, ...], generator: torch.Generator) -> torch
 
 
 def matrix_value(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Return a matrix (out, in), fp32: normal with standard deviation 1 / sqrt(in)."""
-    return torch.normal(0.0, 1.0 / math.sqrt(shape[1]), shape, generator=generator)
+    """Return a matrix (..., out, in), fp32: normal with standard deviation 1 / sqrt(in)."""
+    return torch.normal(0.0, 1.0 / math.sqrt(shape[-1]), shape, generator=generator)
 
 
 def residual_matrix_value(
     shape: tuple[int, ...], config: ModelSection, generator: torch.Generator
 ) -> torch.Tensor:
-    """Return a matrix that writes into the residual stream, fp32.
+    """Return a matrix (..., out, in) that writes into the residual stream, fp32.
 
     Its deviation is divided by the root of the number of blocks, so that the stream's variance does
     not grow with depth (Radford et al. 2019, GPT-2, section 2.3).
     """
     blocks = len("".join(layer_patterns(config)))
-    deviation = 1.0 / math.sqrt(shape[1]) / math.sqrt(blocks)
+    deviation = 1.0 / math.sqrt(shape[-1]) / math.sqrt(blocks)
     return torch.normal(0.0, deviation, shape, generator=generator)

@@ -36,3 +36,11 @@ def mamba_conv_channels(config: ModelSection) -> int:
 def mamba_projection_width(config: ModelSection) -> int:
     """Rows of a Mamba-2 block's input projection: z, x, B, C and one step per head."""
     return mamba_inner_width(config) + mamba_conv_channels(config) + mamba_heads(config)
+
+
+def expert_width(config: ModelSection) -> int:
+    """Hidden width of one expert: as given, else that of a feed-forward block divided by the
+    experts that a token goes through, rounded up to 8.
+    """
+    active = config.moe_top_k + config.moe_shared_experts
+    return config.moe_expert_width or -(-ffn_width(config) // (8 * active)) * 8
