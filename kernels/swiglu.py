@@ -1,7 +1,8 @@
 """The gate of SwiGLU (Shazeer 2020, arXiv 2002.05202): `silu(gate) * up`, in fp32 at least.
 
 Autograd would keep `silu(gate)` for the backward pass, in fp32 where the arithmetic is; only the
-inputs are kept here, and the backward pass computes it again. Differentiable to any order.
+inputs are kept here, and the backward pass computes it again. Differentiable to any order, in
+forward mode too, and the tangent can be differentiated in turn.
 """
 
 from typing import Any
@@ -32,7 +33,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         raise TypeError(
             f"swiglu: gate and up must be of one floating dtype; got {gate.dtype} and {up.dtype}"
         )
-    result = GatedProduct.apply(gate, up)
+    product = GatedProduct if torch.compiler.is_compiling() else PushedGatedProduct
+    result = product.apply(gate, up)
     assert isinstance(result, torch.Tensor)
     return result
 
@@ -65,6 +67,30 @@ class GatedProduct(torch.autograd.Function):
             of_gate = torch.ops.aten.silu_backward(of_product * up, wide)
             of_up = functional.silu(wide).mul_(of_product)
         return of_gate.to(gate.dtype), of_up.to(up.dtype)
+
+
+class PushedGatedProduct(GatedProduct):
+    """The same with a forward mode, over which compilers cannot trace."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Compute the product."""
+        ctx.save_for_forward(gate, up)
+        return GatedProduct.forward(ctx, gate, up)
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> torch.Tensor:
+        """Push tangents of gate and up, either of which may be absent, forward."""
+        along_gate, along_up = grad_inputs
+        gate, up = ctx.saved_tensors
+        wide = widened(gate)
+        share = torch.sigmoid(wide)
+        tangent = torch.zeros_like(wide)
+        if along_gate is not None:
+            tangent = along_gate * up * share * (1.0 + wide * (1.0 - share))
+        if along_up is not None:
+            tangent = tangent + along_up * wide * share
+        return tangent.to(gate.dtype)
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:

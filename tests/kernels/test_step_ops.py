@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -108,6 +109,28 @@ def test_two_orders_of_derivatives_are_right(operation: Operation) -> None:
     # Squared, so that an operation that is linear has a second derivative.
     squared = lambda *given: [out.square() for out in tree_leaves(operation.call(*given))]  # noqa: E731
     assert torch.autograd.gradgradcheck(squared, tensors)
+
+
+@pytest.mark.parametrize("moved", ["first", "last", "all"])
+@EACH
+def test_tangents_and_their_gradients_are_the_plain_twin_s(
+    operation: Operation, moved: str
+) -> None:
+    found: list[list[torch.Tensor | None]] = []
+    for call in (operation.call, operation.twin):
+        tensors, along = inputs(operation), inputs(operation, seed=1)
+        chosen = {"first": [0], "last": [len(tensors) - 1], "all": range(len(tensors))}[moved]
+        with forward_ad.dual_level():
+            given = [
+                forward_ad.make_dual(x, move) if number in chosen else x
+                for number, (x, move) in enumerate(zip(tensors, along, strict=True))
+            ]
+            tangents = [forward_ad.unpack_dual(out).tangent for out in tree_leaves(call(*given))]
+        total = sum(tangent.square().sum() for tangent in tangents if tangent is not None)
+        gradients = torch.autograd.grad(total, [*tensors, *along], allow_unused=True)
+        found.append([*tangents, *gradients])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
