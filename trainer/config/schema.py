@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from interlace.trainer.config.distill_section import DistillSection
+from interlace.trainer.config.energy_section import EnergySection
 from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.config.section import Fraction, NonNegativeInt, PositiveInt, Section
 
@@ -283,6 +284,9 @@ class RunConfig(Section):
 
     distill: DistillSection = DistillSection()
     """Whom the `distill` objective learns from, and what counts."""
+
+    energy: EnergySection = EnergySection()
+    """How the `energy` objective descends, and what is trained of it."""
 
     optimizer: OptimizerSection = OptimizerSection()
     """How parameters are updated."""
