@@ -40,16 +40,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, context: BlockContext) -> torch.Tensor:
         """Map (B, T, D) to (B, T, D); with a cache, attend to its positions too."""
-        heads = (-1, self.head_width)
-        q, k = self.query(x).unflatten(-1, heads), self.key(x).unflatten(-1, heads)
-        v = self.value(x).unflatten(-1, heads).transpose(1, 2)
-        # Norms come before the transposition: the layout (B, T, H, K) then lasts through attention,
-        # and its result needs no copy.
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
-        if context.rotary is not None:
-            q, k = apply_rotary(q, *context.rotary), apply_rotary(k, *context.rotary)
+        q, k, v = self.project(x, context.rotary)
         if context.cache is not None:
             assert isinstance(context.cache, KeyValueCache), (
                 "attention decodes with keys and values"
@@ -59,6 +50,24 @@ class Attention(nn.Module):
             q, k, v, segment_ids=context.segments, order=context.order, backend=self.backend
         )
         return self.output(mixed.transpose(1, 2).flatten(2))
+
+    def project(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries (B, H, T, K), and keys and values (B, G, T, K), of (B, T, D), normed and
+        turned.
+        """
+        heads = (-1, self.head_width)
+        q, k = self.query(x).unflatten(-1, heads), self.key(x).unflatten(-1, heads)
+        v = self.value(x).unflatten(-1, heads).transpose(1, 2)
+        # Norms come before the transposition: the layout (B, T, H, K) then lasts through attention,
+        # and its result needs no copy.
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        return q, k, v
 
     def new_cache(self, batch: int, length: int, like: torch.Tensor) -> KeyValueCache:
         """Return an empty cache for `length` positions, on the device and in the dtype of
