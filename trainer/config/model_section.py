@@ -100,7 +100,7 @@ class ModelSection(Section):
 
     moe_expert_width: PositiveInt | None = None
     """Hidden width of one expert; unset means that of a feed-forward block, divided by `moe_top_k`
-    and the shared experts together.
+    and the shared experts together, rounded up to a multiple of 8.
     """
 
     moe_router: Literal["softmax", "sigmoid"] = "softmax"
