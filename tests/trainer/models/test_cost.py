@@ -20,19 +20,30 @@ from interlace.trainer.models.language_model import LanguageModel
 from interlace.trainer.parallel import recompute_layers
 
 VOCABULARY, LENGTH = 97, 64
+HYBRID = ModelSection(
+    width=64, heads=4, layers=1, pattern="AF MF*2", mamba_head_width=16, mamba_state_width=24
+)
 SHAPES = {
     "plain": ModelSection(width=64, heads=4, layers=3, head_width=32),
     "grouped": ModelSection(width=64, heads=4, kv_heads=2, query_key_norm=True, layers=2),
     "mixed": ModelSection(width=64, heads=4, pattern="AFF", layers=2, tie_embeddings=True),
+    "experts": ModelSection(width=64, heads=4, pattern="AE", layers=2),
+    "experts by sigmoid": ModelSection(
+        width=64, heads=4, pattern="AE", layers=2, moe_router="sigmoid", moe_shared_experts=0
+    ),
     "without a mask": ModelSection(width=64, heads=4, layers=3, attention_backend="chunked"),
+    "hybrid": HYBRID,
+    "hybrid of three chunks": HYBRID.model_copy(update={"mamba_groups": 2}),
+    "hybrid of two and a half chunks": HYBRID,
 }
+LENGTHS = {"hybrid of three chunks": 192, "hybrid of two and a half chunks": 160}
 Checkpointing = Literal["none", "block", "selective"]
 
 
-def alive_bytes(model: LanguageModel, rows: int) -> int:
-    tokens = torch.randint(VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
-    documents = (torch.arange(LENGTH) >= LENGTH // 2).long().expand(rows, -1)
-    positions = torch.arange(LENGTH).expand(rows, -1)
+def alive_bytes(model: LanguageModel, rows: int, length: int) -> int:
+    tokens = torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
+    documents = (torch.arange(length) >= length // 2).long().expand(rows, -1)
+    positions = torch.arange(length).expand(rows, -1)
     with LiveTensors() as tensors:
         loss = model(tokens, tokens, segments=documents, positions=positions)
     gc.collect()
@@ -51,10 +62,11 @@ def test_kept_bytes_are_those_that_stay_alive(
     model.initialise(0)
     recompute_layers(list(model.layers), checkpointing)
     # Casts of weights live as long, but their size does not depend on the number of rows.
-    measured = alive_bytes(model, 3) - alive_bytes(model, 1)
+    length = LENGTHS.get(name, LENGTH)
+    measured = alive_bytes(model, 3, length) - alive_bytes(model, 1, length)
     forward = ForwardPass(
-        tokens=2 * LENGTH,
-        sequence_length=LENGTH,
+        tokens=2 * length,
+        sequence_length=length,
         bytes_per_element=dtype.itemsize,
         checkpointing=checkpointing,
     )

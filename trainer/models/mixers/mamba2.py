@@ -214,16 +214,16 @@ class Mamba2(nn.Module):
     @classmethod
     def roles(cls, config: ModelSection) -> Mapping[str, Role]:
         """Two matrices between widths; taps, gains and the dynamics are per channel or head."""
-        vectors = (
-            "conv.weight",
-            "conv.bias",
-            "dynamics.A_log",
-            "dynamics.dt_bias",
-            "dynamics.D",
-            "norm.weight",
-        )
-        roles: dict[str, Role] = {"in_proj.weight": "hidden", "out_proj.weight": "hidden"}
-        return roles | dict.fromkeys(vectors, "vector")
+        return {
+            "in_proj.weight": "hidden",
+            "conv.weight": "vector",
+            "conv.bias": "vector",
+            "dynamics.A_log": "vector",
+            "dynamics.dt_bias": "vector",
+            "dynamics.D": "vector",
+            "norm.weight": "vector",
+            "out_proj.weight": "hidden",
+        }
 
     @classmethod
     def parameter_count(cls, config: ModelSection) -> int:
@@ -262,21 +262,26 @@ class Mamba2(nn.Module):
         the gate, and the convolution's result is the scan's input, without copies; a narrower one
         casts each, and x twice. `kept` is that difference, and can be negative.
         """
-        inner, heads = mamba_inner_width(config), mamba_heads(config)
-        channels, chunk = mamba_conv_channels(config), CHUNKS["chunked"]
+        inner, heads, chunk = mamba_inner_width(config), mamba_heads(config), CHUNKS["chunked"]
+        groups, channels = config.mamba_groups, mamba_conv_channels(config)
+        keys, states = groups * config.mamba_state_width, inner * config.mamba_state_width
         filled = filled_length(sequence_length)
         chunks = filled // chunk
-        states = inner * config.mamba_state_width
-        pairs = chunk * (2 * heads + config.mamba_groups)
-        masks = (config.mamba_conv_width - 1) / 4 + (chunk + 1) / 4 * filled / sequence_length
         # The last chunk's state is nobody's input; where it is the only one, nor is what adds to
         # it.
-        wide = (2 if chunks == 1 else 3) * inner + channels + 3 * heads + pairs
-        wide = wide * filled // sequence_length + (2 * chunks - 1) * states // sequence_length
-        wide += channels * (config.mamba_conv_width + 1) + 6 * inner + heads + config.mamba_groups
-        wide += round(masks)
-        uncast = heads + (channels if filled > sequence_length else 0)
-        scanned = (config.mamba_groups * chunk + 2 * inner) * filled + chunks * states
+        used = 1 if chunks == 1 else 2
+        # Products copy the keys of several groups, which do not lie side by side.
+        copied = 2 * keys * (used if groups > 1 else 1)
+        in_chunks = (2 + used) * inner + copied + 3 * heads + chunk * (2 * heads + groups)
+        masks = (config.mamba_conv_width - 1 + (chunk + 1) * filled / sequence_length) / 4
+        wide = channels * (config.mamba_conv_width + 1) + 6 * inner + heads + groups + round(masks)
+        wide += (in_chunks * filled + (2 * chunks - 1) * states) // sequence_length
+        uncast = heads
+        if filled > sequence_length:
+            uncast += channels
+        elif groups > 1:
+            uncast += 2 * keys
+        scanned = (groups * chunk + 2 * inner) * filled + chunks * states
         return SavedElements(
             kept=2 * uncast - inner,
             kept_wide=wide + inner - uncast,
