@@ -96,6 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("FORMAT", "DIR"),
         help="`hf` (a folder that transformers loads) and the folder to write",
     )
+    imported = add(commands, "import", "turn a folder of transformers into a model folder")
+    imported.set_defaults(function="import_model")
+    imported.add_argument("source", metavar="HF-DIR", help="folder with config.json and weights")
+    imported.add_argument("target", metavar="MODEL-DIR", help="new folder to write")
     return parser
 
 
@@ -217,7 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse(parser, arguments)
     from interlace.launch import commands
 
-    action: Callable[[argparse.Namespace], int] = getattr(commands, parsed.command)
+    action: Callable[[argparse.Namespace], int] = getattr(
+        commands, getattr(parsed, "function", parsed.command)
+    )
     return guarded(lambda: action(parsed))
 
 

@@ -273,7 +273,7 @@ def export(arguments: Namespace) -> int:
     form, folder = arguments.to
     if form != "hf":
         raise ConfigError([f"--to {form}: is no known format; the one there is: hf (transformers)"])
-    from interlace.trainer.export import export_hf
+    from interlace.trainer.interop.writing import export_hf
     from interlace.trainer.saved_model import load_saved_model
 
     architecture = export_hf(
@@ -281,4 +281,25 @@ def export(arguments: Namespace) -> int:
     )
     print(f"wrote {architecture} to {folder}; load it with")
     print(f"    transformers.AutoModelForCausalLM.from_pretrained({folder!r})")
+    return 0
+
+
+def import_model(arguments: Namespace) -> int:
+    """Turn a folder that transformers wrote into a model folder."""
+    from interlace.trainer.model_folder import claim_new_folder, write_model_folder
+    from interlace.trainer.saved_model import load_saved_model
+
+    source, target = Path(arguments.source), Path(arguments.target)
+    saved = load_saved_model(source)
+    claim_new_folder(str(target), target)
+    write_model_folder(
+        saved.model.state_dict(),
+        saved.config,
+        saved.tokenizer,
+        target,
+        description=f"{source.name}, imported; training goes on from its weights",
+    )
+    print(f"wrote {target}: recipe.toml, model.safetensors, tokenizer.json. Try")
+    print(f"    interlace sample {target}")
+    print(f"    interlace train {target}/recipe.toml data.source=YOUR-TEXT")
     return 0

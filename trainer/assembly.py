@@ -23,9 +23,10 @@ from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.data.prepare import TOKENIZER_NAME, prepare
 from interlace.trainer.data.rows import TrainingRows, ValidationRows
 from interlace.trainer.data.shards import PreparedCorpus
+from interlace.trainer.data.tokenizers import load_tokenizer
 from interlace.trainer.errors import CheckpointError, ConfigError
 from interlace.trainer.models.model import Model
-from interlace.trainer.objectives import objective_of
+from interlace.trainer.objectives import Freezes, Objective, objective_of
 from interlace.trainer.observe.console import Console
 from interlace.trainer.observe.environment import describe_environment
 from interlace.trainer.observe.metrics import METRICS_NAME, MetricsWriter, read_metrics
@@ -54,6 +55,7 @@ from interlace.trainer.run_folder import (
 from interlace.trainer.sampling import SamplingSettings
 from interlace.trainer.saved_model import load_saved_model
 from interlace.trainer.signals import StopRequest
+from interlace.trainer.starting_weights import start_from
 from interlace.trainer.world import World
 
 
@@ -125,6 +127,7 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
     torch.manual_seed(config.run.seed + world.rank)
     objective = objective_of(config)(config, plan, world)
     model = build_model(config, plan, world)
+    beginning = begin(model, objective, folder, config, corpus)
     state = TrainingState(model, build_optimizer(model, config, plan, hardware), objective, world)
     attempt = world.on_main(folder.store.begin_attempt)
     progress, notes = restore(folder, attempt, state, corpus)
@@ -153,7 +156,8 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
         state,
     )
     expected = [f"the plan expects trouble: {plan.offload.problem}"] if plan.offload.problem else []
-    return parts, progress, [f"run folder {folder.path}", *folder.notes, *notes, *expected]
+    said = [f"run folder {folder.path}", *folder.notes, *beginning, *notes, *expected]
+    return parts, progress, said
 
 
 def hardware_for(config: RunConfig, world: World, dtype: torch.dtype) -> HardwareProfile:
@@ -190,6 +194,25 @@ def build_model(config: RunConfig, plan: Plan, world: World) -> Model:
     model.to_empty(device=world.device)
     model.initialise(config.run.seed)
     return model
+
+
+def begin(
+    model: Model,
+    objective: Objective,
+    folder: RunFolder,
+    config: RunConfig,
+    corpus: PreparedCorpus,
+) -> list[str]:
+    """Freeze what the objective does not train and let a new run start from saved weights; return
+    notes for a person.
+    """
+    if isinstance(objective, Freezes):
+        objective.freeze(model)
+    if folder.resumes:
+        return []
+    tokenizer = load_tokenizer(corpus.folder / TOKENIZER_NAME, config.data.end_of_text)
+    note = start_from(model, config, tokenizer)
+    return [note] if note else []
 
 
 def restore(

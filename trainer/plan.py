@@ -19,7 +19,7 @@ from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.cost import ForwardPass
 from interlace.trainer.models.depth import layer_patterns
-from interlace.trainer.objectives import objective_of
+from interlace.trainer.objectives import Accompanied, objective_of
 from interlace.trainer.optimizer import rule_of
 from interlace.trainer.placement import Circumstances, OffloadPlan, place, schedules
 
@@ -284,12 +284,21 @@ def fixed_memory(
     backend = attention_backend(config, setting.device_type, rows)
     model = config.model.model_copy(update={"attention_backend": backend})
     return DeviceMemory(
-        weights=element_bytes * shard,
+        weights=element_bytes * shard + untrained_bytes(config, setting, element_bytes),
         activations=objective_of(config).activation_bytes(
             config.model_copy(update={"model": model}), setting.vocabulary_size, forward
         ),
         gathered_weights=2 * element_bytes * whole // layers if sharded else 0,
     )
+
+
+def untrained_bytes(config: RunConfig, setting: Setting, element_bytes: int) -> int:
+    """Return what weights that are not trained take on one rank, in bytes."""
+    objective, vocabulary = objective_of(config), setting.vocabulary_size
+    if not isinstance(objective, Accompanied):
+        return 0
+    shards = setting.world_size // config.parallel.replicas
+    return objective.untrained_bytes(config, vocabulary, shards, element_bytes)
 
 
 def checkpoint_bytes_per_parameter(config: RunConfig) -> int:

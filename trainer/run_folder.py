@@ -24,7 +24,7 @@ from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import CheckpointError, ConfigError
 
 FIXED_SECTIONS = ("model", "data")
-FIXED_SETTINGS = ("run.seed", "train.tokens_per_step")
+FIXED_SETTINGS = ("run.seed", "train.tokens_per_step", "train.objective", "distill.train_only")
 FREE_SETTINGS = ("data.workers", "data.prepared_dir")
 NOTED_SETTINGS = ("model.attention_backend",)
 """Settings of fixed sections that a continued run may change: kernels agree up to rounding."""

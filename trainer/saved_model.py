@@ -1,5 +1,8 @@
-"""A trained model from its run folder: weights, shape and tokenizer, without the rest of the
-run.
+"""A trained model from wherever it lies: weights, shape and tokenizer, without the rest of a run.
+
+Three kinds of folder hold one: a run folder (its newest intact checkpoint counts), a model folder
+(`interlace.trainer.model_folder`), and a folder that transformers wrote, with a `config.json` that
+names an architecture (`interlace.trainer.interop`). Whatever takes a run takes all of them.
 """
 
 from collections.abc import Iterator
@@ -14,6 +17,8 @@ from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.data.prepare import TOKENIZER_NAME
 from interlace.trainer.data.tokenizers import Tokenizer, load_tokenizer
 from interlace.trainer.errors import CheckpointError
+from interlace.trainer.interop.reading import CONFIG_NAME, foreign_config, foreign_weights
+from interlace.trainer.model_folder import RECIPE_NAME, WEIGHTS_NAME, read_recipe, read_tensors
 from interlace.trainer.models.model import Model
 from interlace.trainer.objectives import objective_of
 from interlace.trainer.run_folder import read_config
@@ -22,7 +27,14 @@ from interlace.trainer.sampling import SamplingSettings, generate
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model as the newest intact checkpoint of a run has it."""
+    """A model as a folder has it.
+
+    Attributes:
+        model: In fp32, in evaluation mode.
+        tokenizer: Its tokenizer.
+        config: Its recipe.
+        step: Finished optimizer steps; 0 where nobody knows.
+    """
 
     model: Model
     tokenizer: Tokenizer
@@ -37,21 +49,56 @@ class SavedModel:
         return self.tokenizer.stream(ids)
 
 
-def load_saved_model(run: Path, device: torch.device | None = None) -> SavedModel:
-    """Load the newest intact checkpoint of a run folder.
+def saved_config(folder: Path) -> RunConfig:
+    """Return the recipe of a saved model, without reading its weights.
 
     Raises:
-        CheckpointError: The folder is no run, or holds no intact checkpoint.
+        CheckpointError: There is no model.
+        ConfigError: It is one that cannot be expressed here.
     """
-    config = read_config(run)
-    if not (run / TOKENIZER_NAME).is_file():
-        raise CheckpointError(f"{run}: has no {TOKENIZER_NAME}; the run has not started training")
-    weights, scalars = read_weights(CheckpointStore(run / "checkpoints"))
+    if (folder / RECIPE_NAME).is_file():
+        return read_recipe(folder)
+    if (folder / CONFIG_NAME).is_file():
+        return foreign_config(folder)
+    return read_config(folder)
+
+
+def load_saved_model(folder: Path, device: torch.device | None = None) -> SavedModel:
+    """Load the model of a run folder, a model folder or a folder of transformers.
+
+    Raises:
+        CheckpointError: The folder is none of them, or holds no intact weights.
+        ConfigError: A folder of transformers whose model cannot be expressed here.
+    """
+    config = saved_config(folder)
+    if not (folder / TOKENIZER_NAME).is_file():
+        raise CheckpointError(
+            f"{folder}: has no {TOKENIZER_NAME}; the run has not started training"
+        )
+    tokenizer = load_tokenizer(folder / TOKENIZER_NAME, config.data.end_of_text)
+    weights, step = saved_weights(folder, config, tokenizer)
     with torch.device("meta"):
         # A model may be used where its training's kernels are not.
         shape = config.model.model_copy(update={"attention_backend": "auto"})
         anywhere = config.model_copy(update={"model": shape})
-        model = objective_of(config).build(anywhere, scalars.vocabulary_size, torch.float32)
-    model.load_state_dict(weights, assign=True)
+        vocabulary_size = weights["embedding.weight"].shape[0]
+        model = objective_of(config).build(anywhere, vocabulary_size, torch.float32)
+    wide = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
+    model.load_state_dict(wide, assign=True)
     model = model.to(device or torch.device("cpu")).eval()
-    return SavedModel(model, load_tokenizer(run / TOKENIZER_NAME), config, scalars.progress.step)
+    return SavedModel(model, tokenizer, config, step)
+
+
+def saved_weights(
+    folder: Path, config: RunConfig, tokenizer: Tokenizer
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Return every parameter and buffer of a saved model on the CPU, and its step."""
+    if (folder / RECIPE_NAME).is_file():
+        return read_tensors(folder / WEIGHTS_NAME)
+    if (folder / CONFIG_NAME).is_file():
+        return foreign_weights(folder, config, tokenizer), 0
+    weights, scalars = read_weights(CheckpointStore(folder / "checkpoints"))
+    return weights, scalars.progress.step

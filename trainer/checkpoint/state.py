@@ -145,6 +145,10 @@ class TrainingState:
         self.optimizer.synchronize()
         named: dict[str, torch.Tensor] = {}
         for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                # Frozen: the optimizer knows nothing of it.
+                named[f"model.{name}"] = parameter.detach()
+                continue
             named[f"model.{name}"] = self.optimizer.master(parameter)
             state = self.optimizer.state[parameter]
             for key in ("step", *self.optimizer.rule.moments):
@@ -156,7 +160,8 @@ class TrainingState:
     def adopt(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Make what `tensors` returned, after it was filled from a checkpoint, the live state."""
         for name, parameter in self.model.named_parameters():
-            self.optimizer.set_master(parameter, tensors[f"model.{name}"])
+            if parameter.requires_grad:
+                self.optimizer.set_master(parameter, tensors[f"model.{name}"])
         remembered = {
             name.removeprefix("objective."): tensor
             for name, tensor in tensors.items()

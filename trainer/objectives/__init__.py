@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 from interlace.trainer.registry import Registry
 
@@ -90,6 +90,27 @@ class Objective(Protocol):
     @classmethod
     def activation_bytes(cls, config: RunConfig, vocabulary_size: int, forward: ForwardPass) -> int:
         """Return the peak of activations in one pass, in bytes."""
+        ...
+
+
+@runtime_checkable
+class Freezes(Protocol):
+    """An objective that leaves some parameters as they are."""
+
+    def freeze(self, model: Model) -> None:
+        """Mark what is not trained; called once, before the optimizer is built."""
+        ...
+
+
+@runtime_checkable
+class Accompanied(Protocol):
+    """An objective that keeps weights on the device which no optimizer sees."""
+
+    @classmethod
+    def untrained_bytes(
+        cls, config: RunConfig, vocabulary_size: int, shards: int, bytes_per_element: int
+    ) -> int:
+        """Return what they take on one rank, where trained weights are cut into `shards`."""
         ...
 
 

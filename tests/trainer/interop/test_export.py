@@ -16,7 +16,7 @@ from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.data.prepare import TOKENIZER_NAME
 from interlace.trainer.data.tokenizers import Tokenizer, byte_tokenizer, train_bpe
 from interlace.trainer.errors import ConfigError
-from interlace.trainer.export import export_hf
+from interlace.trainer.interop.writing import export_hf
 from interlace.trainer.models.language_model import LanguageModel
 from interlace.trainer.saved_model import SavedModel
 

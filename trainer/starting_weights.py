@@ -1,0 +1,96 @@
+"""Lets a new run start from saved weights: `run.start_from` names their folder.
+
+Only weights are taken over, not the optimizer's state nor the position in the corpus. Every tensor
+must have the shape it has in the recipe, and the tokenizers must be the same, since rows of the
+embedding are tokens. Every rank reads the whole model into host memory for a moment and keeps its
+part.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.data.tokenizers import Tokenizer
+from interlace.trainer.errors import ConfigError
+from interlace.trainer.models.model import Model, fill
+from interlace.trainer.saved_model import load_saved_model
+
+
+@torch.no_grad()
+def start_from(model: Model, config: RunConfig, tokenizer: Tokenizer) -> str | None:
+    """Fill a model, which may be sharded, with the weights that its recipe starts from.
+
+    Args:
+        model: The model, with its fresh values.
+        config: The recipe.
+        tokenizer: Of the prepared corpus.
+
+    Returns:
+        A note for a person, or None where the recipe starts afresh.
+
+    Raises:
+        ConfigError: Tokenizer or shapes differ; the message names the first tensor that does.
+    """
+    if not config.run.start_from:
+        return None
+    saved = load_saved_model(folder_named("run.start_from", config.run.start_from))
+    check_tokenizers(config, saved.tokenizer, tokenizer)
+    weights = saved.model.state_dict()
+    own = model.state_dict()
+    check_shapes(config, weights, own)
+    for name, tensor in own.items():
+        fill(tensor, weights[name])
+    return f"weights of {config.run.start_from} (step {saved.step})"
+
+
+def folder_named(setting: str, value: str) -> Path:
+    """Return the folder that a setting names.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    folder = Path(value).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            [
+                f"{setting}={value}: there is no such folder (looked at {folder.absolute()}); type "
+                "the path of a run folder, a model folder or a folder that transformers wrote"
+            ]
+        )
+    return folder
+
+
+def check_tokenizers(config: RunConfig, saved: Tokenizer, corpus: Tokenizer) -> None:
+    """Raise `ConfigError` unless the weights know the corpus's tokens by the same numbers."""
+    ours, theirs = (each.backend.get_vocab(with_added_tokens=True) for each in (corpus, saved))
+    if ours == theirs and saved.end_of_text == corpus.end_of_text:
+        return
+    path = Path(config.run.start_from).absolute() / "tokenizer.json"
+    raise ConfigError(
+        [
+            f"data.tokenizer={config.data.tokenizer}: is not the tokenizer of "
+            f"run.start_from={config.run.start_from} ({len(ours)} and {len(theirs)} tokens, or other "
+            f"ones), so its embedding means nothing here; type data.tokenizer={path}"
+        ]
+    )
+
+
+def check_shapes(
+    config: RunConfig, saved: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise `ConfigError` naming the first tensor that is missing, differs or is left over."""
+    where = f"run.start_from={config.run.start_from}"
+    remedy = "type the [model] settings of that model"
+    for name, tensor in model.items():
+        if name not in saved:
+            raise ConfigError([f"{where}: has no {name}, which this recipe's model has; {remedy}"])
+        there, here = list(saved[name].shape), list(tensor.shape)
+        if there != here:
+            raise ConfigError(
+                [f"{where}: its {name} is {there}, and this recipe's {here}; {remedy}"]
+            )
+    left = [name for name in saved if name not in model]
+    if left:
+        raise ConfigError([f"{where}: has {left[0]}, which this recipe's model has not; {remedy}"])
