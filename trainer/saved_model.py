@@ -87,7 +87,10 @@ def load_saved_model(folder: Path, device: torch.device | None = None) -> SavedM
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in weights.items()
     }
-    model.load_state_dict(wide, assign=True)
+    try:
+        model.load_state_dict(wide, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: its weights do not fit its recipe: {error}") from error
     model = model.to(device or torch.device("cpu")).eval()
     return SavedModel(model, tokenizer, config, step)
 

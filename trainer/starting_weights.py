@@ -71,8 +71,8 @@ def check_tokenizers(config: RunConfig, saved: Tokenizer, corpus: Tokenizer) -> 
     raise ConfigError(
         [
             f"data.tokenizer={config.data.tokenizer}: is not the tokenizer of "
-            f"run.start_from={config.run.start_from} ({len(ours)} and {len(theirs)} tokens, or other "
-            f"ones), so its embedding means nothing here; type data.tokenizer={path}"
+            f"run.start_from={config.run.start_from} ({len(ours)} and {len(theirs)} tokens, or "
+            f"other ones), so its embedding means nothing here; type data.tokenizer={path}"
         ]
     )
 

@@ -149,9 +149,7 @@ def check_tensors(
     strange = sorted(found.keys() - expected.keys())
     if strange:
         raise ConfigError(
-            [
-                f"{folder}: has a tensor {strange[0]} that no block here has, so it cannot be imported"
-            ]
+            [f"{folder}: has a tensor {strange[0]}, which no block here has, and is refused"]
         )
 
 
