@@ -10,6 +10,10 @@ from typing import cast
 
 from pydantic import ValidationError
 
+from interlace.trainer.config.model_checks import (
+    mamba_groups_divide_heads,
+    mamba_heads_divide_inner_width,
+)
 from interlace.trainer.config.problems import describe
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
@@ -279,6 +283,8 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     kv_heads_divide_heads,
     plugins_are_loaded,
     pattern_is_known,
+    mamba_heads_divide_inner_width,
+    mamba_groups_divide_heads,
     objective_is_known,
     step_holds_whole_rows,
     validation_holds_a_row,

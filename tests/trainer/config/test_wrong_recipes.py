@@ -60,6 +60,16 @@ WRONG_OVERRIDES = {
     "repeated); the default is model.layers=4",
     "model.rope_base=1": "model.rope_base=1: must be more than 1.0 (Base of the rotary position "
     "embedding's wavelengths); the default is model.rope_base=10000.0",
+    "model.pattern=MF model.mamba_head_width=60": "model.mamba_head_width=60: does not divide the "
+    "inner width 512 of Mamba-2 (model.width=256 times model.mamba_expand=2), so the last head "
+    "would be cut; type model.mamba_head_width=32",
+    "model.pattern=MF model.mamba_expand=0.001": "model.mamba_expand=0.001: leaves no channel of "
+    "model.width=256; type model.mamba_expand=2",
+    "model.pattern=MF model.mamba_groups=3": "model.mamba_groups=3: must divide the 8 heads of "
+    "Mamba-2 (inner width 512 in heads of model.mamba_head_width=64); type one of "
+    "model.mamba_groups=1, 2, 4, 8",
+    "model.mamba_conv_width=1": "model.mamba_conv_width=1: must be 2 or more (Taps of the causal "
+    "convolution before the scan of Mamba-2); the default is model.mamba_conv_width=4",
     "model.attention_backend=flash": "model.attention_backend=flash: must be one of 'auto', "
     "'reference', 'chunked', 'sdpa', 'flex', 'flash_attn' or 'triton' (Kernels of attention; auto: "
     "as measured, `interlace doctor RECIPE` says which and why. A name wins over the environment "
