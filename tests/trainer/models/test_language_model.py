@@ -28,6 +28,15 @@ SHAPES = {
     "normed": ModelSection(width=32, heads=4, kv_heads=1, query_key_norm=True, layers=2),
     "tied": ModelSection(width=32, heads=2, head_width=24, tie_embeddings=True, layers=2),
     "mixed": ModelSection(width=32, heads=4, pattern="AFFAF", layers=1),
+    "hybrid": ModelSection(
+        width=32,
+        heads=4,
+        pattern="AF MF*2",
+        layers=1,
+        mamba_expand=1.5,
+        mamba_head_width=16,
+        mamba_state_width=24,
+    ),
     "experts": ModelSection(width=32, heads=4, pattern="AE", layers=2, moe_experts=4),
 }
 VOCABULARY = 61
