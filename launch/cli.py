@@ -19,6 +19,7 @@ from interlace.trainer.errors import NumericsError, UserError
 AddParser = Callable[..., argparse.ArgumentParser]
 
 OVERRIDE_HELP = "settings that win over the recipe's, as section.key=value (train.steps=100)"
+CONFORM_OVERRIDES = "settings to try it at, in place of a small shape (model.width=64)"
 RECIPE_HELP = "name of a shipped recipe (`interlace recipes` lists them) or path of a TOML file"
 
 EXAMPLES = """\
@@ -50,6 +51,15 @@ examples:
   INTERLACE_ATTENTION=chunked interlace doctor quickstart
 """
 
+CONFORM_EXAMPLES = """\
+examples:
+  interlace conform mixer attention                           does it keep its promises?
+  interlace conform mixer shift --plugin token_shift.py       a block of your own
+  interlace conform mixer shift --recipe mine.toml            the same, as a recipe loads it
+  interlace conform mixer A model.heads=8 model.query_key_norm=true
+  interlace conform mixer --all --json
+"""
+
 PROFILE_EXAMPLES = """\
 known machines: {machines}
 
@@ -77,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_profile(commands)
     add_doctor(commands)
+    add_conform(commands)
     why = add(commands, "why", "tell where a setting's value comes from")
     why.add_argument("setting", metavar="SECTION.KEY", help="the setting, as in model.width")
     why.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
@@ -161,6 +172,28 @@ def add_doctor(commands: AddParser) -> None:
     doctor.formatter_class = argparse.RawDescriptionHelpFormatter
     doctor.epilog = DOCTOR_EXAMPLES
     doctor.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_conform(commands: AddParser) -> None:
+    """Add the `conform` command."""
+    conform = add(commands, "conform", "hold a block, your own too, to everything it declares")
+    conform.formatter_class = argparse.RawDescriptionHelpFormatter
+    conform.epilog = CONFORM_EXAMPLES
+    conform.add_argument("part", choices=["mixer"], metavar="mixer", help="what is tested")
+    conform.add_argument("name", nargs="?", metavar="NAME", help="name or letter of the mixer")
+    conform.add_argument("overrides", nargs="*", metavar="MODEL.KEY=VALUE", help=CONFORM_OVERRIDES)
+    conform.add_argument("--all", action="store_true", help="test every registered mixer")
+    conform.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file that registers blocks of your own; may be given several times",
+    )
+    conform.add_argument(
+        "--recipe", metavar="RECIPE", help="recipe whose model.plugins and model.options are used"
+    )
+    conform.add_argument("--json", action="store_true", help="print JSON")
 
 
 def machine_names() -> list[str]:

@@ -175,6 +175,28 @@ def doctor(arguments: Namespace) -> int:
     return 0
 
 
+def conform(arguments: Namespace) -> int:
+    """Hold mixers to what they declare; status 2 if a promise is broken."""
+    from interlace.launch.conform_page import (
+        as_documents,
+        conform_page,
+        letters_to_try,
+        reports_on,
+        settings_to_try,
+    )
+
+    name, overrides = arguments.name, list(arguments.overrides)
+    if name is not None and "=" in name:
+        name, overrides = None, [name, *overrides]
+    settings = settings_to_try(arguments.plugin, arguments.recipe, overrides)
+    reports = reports_on(letters_to_try(name, arguments.all), settings)
+    if arguments.json:
+        print(json.dumps(as_documents(reports), indent=2))
+    else:
+        print(conform_page(reports, settings))
+    return 2 if any(report.failures for report in reports) else 0
+
+
 def why(arguments: Namespace) -> int:
     """Tell where a value comes from: every layer that set it, the last one wins."""
     settings = all_settings()
