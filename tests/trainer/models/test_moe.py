@@ -377,8 +377,9 @@ def test_routing_and_result_are_those_of_granite() -> None:
     with torch.no_grad():
         theirs.router.weight.copy_(mixture.router.weight)
         gate_and_up = torch.cat([mixture.experts.gate, mixture.experts.up], 1)
-        theirs.experts.gate_up_proj.copy_(gate_and_up)
-        theirs.experts.down_proj.copy_(mixture.experts.down)
+        values = dict(theirs.experts.named_parameters())
+        values["gate_up_proj"].copy_(gate_and_up)
+        values["down_proj"].copy_(mixture.experts.down)
     found = mixture(x, NOTHING_SHARED)
     torch.testing.assert_close(found.output, theirs(x), rtol=1e-5, atol=1e-6)
 
