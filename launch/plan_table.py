@@ -17,7 +17,7 @@ from interlace.trainer.data.prepare import find_prepared
 from interlace.trainer.data.tokenizers import load_tokenizer
 from interlace.trainer.errors import ConfigError, DataError
 from interlace.trainer.models.depth import layer_patterns
-from interlace.trainer.observe.units import human_bytes, human_flops
+from interlace.trainer.observe.units import human_bytes, human_count, human_flops
 from interlace.trainer.plan import Plan, Setting, on_ranks
 
 Row = tuple[str, str]
@@ -145,8 +145,15 @@ def model_rows(config: RunConfig, plan: Plan) -> list[Row]:
     return [
         ("blocks", f"{stack_in_words(config)}, width {config.model.width}"),
         ("vocabulary", f"{plan.vocabulary_size:,}"),
-        ("parameters", f"{plan.parameters:,}"),
+        ("parameters", parameters_in_words(plan)),
     ]
+
+
+def parameters_in_words(plan: Plan) -> str:
+    """Return the number of parameters, and of those that one token meets where they are fewer."""
+    if plan.active_parameters == plan.parameters:
+        return f"{plan.parameters:,}"
+    return f"{plan.parameters:,}, {human_count(plan.active_parameters)} active for each token"
 
 
 def stack_in_words(config: RunConfig) -> str:

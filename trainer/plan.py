@@ -17,7 +17,7 @@ from interlace.trainer.capacity import DeviceMemory, Memory
 from interlace.trainer.communication import Traffic, communication_seconds
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
-from interlace.trainer.models.cost import ForwardPass
+from interlace.trainer.models.cost import ForwardPass, idle_parameters
 from interlace.trainer.models.depth import layer_patterns
 from interlace.trainer.objectives import Accompanied, objective_of
 from interlace.trainer.optimizer import rule_of
@@ -91,6 +91,7 @@ class Plan(BaseModel):
     epochs: float | None
     vocabulary_size: int
     parameters: int
+    active_parameters: int
     forward_flops_per_token: int
     backward_flops_per_token: int
     total_flops: int
@@ -150,6 +151,7 @@ def resolve(config: RunConfig, setting: Setting) -> Plan:
         epochs=None if not tokens else total_tokens / tokens,
         vocabulary_size=setting.vocabulary_size,
         parameters=parameters,
+        active_parameters=parameters - idle_parameters(config.model),
         forward_flops_per_token=flops.forward,
         backward_flops_per_token=flops.backward,
         total_flops=total_tokens * (flops.forward + flops.backward),

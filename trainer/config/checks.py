@@ -11,6 +11,8 @@ from typing import cast
 from pydantic import ValidationError
 
 from interlace.trainer.config.model_checks import (
+    experts_are_as_many_as_chosen,
+    experts_are_weighed,
     mamba_groups_divide_heads,
     mamba_heads_divide_inner_width,
 )
@@ -285,6 +287,8 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     pattern_is_known,
     mamba_heads_divide_inner_width,
     mamba_groups_divide_heads,
+    experts_are_as_many_as_chosen,
+    experts_are_weighed,
     objective_is_known,
     step_holds_whole_rows,
     validation_holds_a_row,

@@ -44,3 +44,26 @@ def mamba_groups_divide_heads(config: RunConfig) -> str | None:
         f"model.mamba_head_width={model.mamba_head_width}); type one of "
         f"model.mamba_groups={', '.join(divisors)}"
     )
+
+
+def experts_are_as_many_as_chosen(config: RunConfig) -> str | None:
+    """A token cannot go through more experts than there are."""
+    model = config.model
+    if "E" not in model.pattern or model.moe_top_k <= model.moe_experts:
+        return None
+    return (
+        f"model.moe_top_k={model.moe_top_k}: a token cannot go through more experts than "
+        f"model.moe_experts={model.moe_experts}; type model.moe_top_k={model.moe_experts} or "
+        f"model.moe_experts={model.moe_top_k}"
+    )
+
+
+def experts_are_weighed(config: RunConfig) -> str | None:
+    """The weights of the chosen experts sum to one; that of a single one says nothing."""
+    model = config.model
+    if "E" not in model.pattern or model.moe_top_k > 1 or model.moe_experts == 1:
+        return None
+    return (
+        "model.moe_top_k=1: the weights of the chosen experts sum to one, so a single one always "
+        "weighs 1 and the likelihood could not train the router; type model.moe_top_k=2"
+    )

@@ -11,7 +11,7 @@ from typing import Literal
 from interlace.kernels.cross_entropy import tokens_per_chunk
 from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.models.depth import layer_patterns
-from interlace.trainer.models.registry import Flops, mixer_class
+from interlace.trainer.models.registry import Flops, Sparse, mixer_class
 from interlace.trainer.models.shapes import head_width
 
 Checkpointing = Literal["none", "block", "selective"]
@@ -54,6 +54,18 @@ def stack_parameters(config: ModelSection) -> int:
         for letter in letters
     )
     return blocks + config.width
+
+
+def idle_parameters(config: ModelSection) -> int:
+    """Return the parameters of all layers that one token does not meet: of experts that others
+    chose.
+    """
+    kinds = [mixer_class(letter) for letter in "".join(layer_patterns(config))]
+    return sum(
+        kind.parameter_count(config) - kind.active_parameter_count(config)
+        for kind in kinds
+        if isinstance(kind, Sparse)
+    )
 
 
 def flops_per_token(config: ModelSection, vocabulary_size: int, sequence_length: int) -> Flops:

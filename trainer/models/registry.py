@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from interlace.trainer.errors import ConfigError
 
@@ -134,6 +134,15 @@ class Mixer(Protocol):
     @classmethod
     def cache_bytes(cls, config: ModelSection, length: int, element_bytes: int) -> int:
         """Return what decoding keeps of one sequence of `length` positions, in bytes."""
+        ...
+
+
+@runtime_checkable
+class Sparse(Protocol):
+    """A mixer class whose tokens meet a part of its parameters only."""
+
+    def active_parameter_count(self, config: ModelSection) -> int:
+        """Return the number of the mixer's parameters that one token meets."""
         ...
 
 

@@ -68,6 +68,11 @@ WRONG_OVERRIDES = {
     "model.pattern=MF model.mamba_groups=3": "model.mamba_groups=3: must divide the 8 heads of "
     "Mamba-2 (inner width 512 in heads of model.mamba_head_width=64); type one of "
     "model.mamba_groups=1, 2, 4, 8",
+    "model.pattern=AE model.moe_top_k=9": "model.moe_top_k=9: a token cannot go through more "
+    "experts than model.moe_experts=8; type model.moe_top_k=8 or model.moe_experts=9",
+    "model.pattern=AE model.moe_top_k=1": "model.moe_top_k=1: the weights of the chosen experts "
+    "sum to one, so a single one always weighs 1 and the likelihood could not train the router; "
+    "type model.moe_top_k=2",
     "model.mamba_conv_width=1": "model.mamba_conv_width=1: must be 2 or more (Taps of the causal "
     "convolution before the scan of Mamba-2); the default is model.mamba_conv_width=4",
     "model.attention_backend=flash": "model.attention_backend=flash: must be one of 'auto', "

@@ -14,6 +14,7 @@ from interlace.trainer.config.schema import OptimizerSection
 from interlace.trainer.models.channel.experts import grouped, one_by_one
 from interlace.trainer.models.channel.moe import MixtureOfExperts, balance_loss, choice_counts
 from interlace.trainer.models.context import BlockContext, Routed
+from interlace.trainer.models.cost import idle_parameters
 from interlace.trainer.models.initial import matrix_value
 from interlace.trainer.models.language_model import LanguageModel
 from interlace.trainer.models.shapes import expert_width
@@ -355,6 +356,14 @@ def test_the_width_of_an_expert_keeps_the_work_of_a_feed_forward_block(
     settings: dict[str, int], width: int
 ) -> None:
     assert expert_width(ModelSection.model_validate(settings)) == width
+
+
+def test_idle_parameters_are_those_of_the_experts_that_a_token_does_not_meet() -> None:
+    shape = ModelSection(width=16, layers=3, pattern="AEF", moe_experts=6, moe_expert_width=8)
+    one_expert = 3 * 16 * 8
+    assert idle_parameters(shape) == 3 * 4 * one_expert
+    assert idle_parameters(shape.model_copy(update={"moe_top_k": 6})) == 0
+    assert idle_parameters(shape.model_copy(update={"pattern": "AF"})) == 0
 
 
 def test_routing_and_result_are_those_of_granite() -> None:
