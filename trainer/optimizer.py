@@ -1,8 +1,9 @@
 """The optimizer of a run: what a recipe says of update rule and offloading, as an
 `OffloadedOptimizer`.
 
-Matrices decay, vectors (norms) do not. With `offload.strategy = "none"` all state is on the device
-and the same code updates it there: there is one path.
+Matrices decay, vectors (norms) do not; a model may give single parameters a rate of their own. With
+`offload.strategy = "none"` all state is on the device and the same code updates it there: there is
+one path.
 """
 
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from interlace.offload.options import OffloadOptions
 from interlace.offload.schedule import MemoryBudget, MemoryShortage
 from interlace.trainer.config.schema import OptimizerSection, RunConfig
 from interlace.trainer.errors import ConfigError
+from interlace.trainer.models.model import Model
 
 if TYPE_CHECKING:
     from interlace.trainer.plan import Plan
@@ -71,21 +73,28 @@ def rule_of(settings: OptimizerSection) -> UpdateRule:
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSection) -> list[dict[str, object]]:
-    """Return matrices, which decay, and vectors, which do not."""
-    parameters = list(model.parameters())
-    return [
+    """Return matrices, which decay, and vectors, which do not; and, each in a group of its own and
+    without decay, what the model gives a learning rate of its own (`Model.rate_factors`).
+    """
+    factors = model.rate_factors if isinstance(model, Model) else {}
+    named = [(name, each) for name, each in model.named_parameters() if name not in factors]
+    groups: list[dict[str, object]] = [
         {
-            "params": [parameter for parameter in parameters if parameter.ndim >= 2],
+            "params": [parameter for _, parameter in named if parameter.ndim >= 2],
             "weight_decay": settings.weight_decay,
         },
         {
-            "params": [parameter for parameter in parameters if parameter.ndim < 2],
+            "params": [parameter for _, parameter in named if parameter.ndim < 2],
             "weight_decay": 0.0,
         },
     ]
+    for name, factor in factors.items():
+        own: dict[str, object] = {"params": [model.get_parameter(name)], "rate_factor": factor}
+        groups.append(own | {"weight_decay": 0.0})
+    return groups
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group the learning rate of this step."""
+    """Give every parameter group the learning rate of this step, times its own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_factor", 1.0)

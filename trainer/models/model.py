@@ -6,7 +6,7 @@ from the same weights.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -45,6 +45,13 @@ class Model(nn.Module):
     def units(self) -> list[nn.Module]:
         """The modules that are sharded, recomputed and compiled one by one."""
         raise NotImplementedError
+
+    @property
+    def rate_factors(self) -> Mapping[str, float]:
+        """Parameters, by name, whose learning rate is a multiple of the others', and the factors;
+        they have no weight decay.
+        """
+        return {}
 
     def balance_experts(self, loads: Sequence[torch.Tensor]) -> None:
         """Answer to the choices of a whole step, (E,) for each block with experts."""

@@ -1,0 +1,29 @@
+"""How the weights start that only an energy model has."""
+
+import torch
+
+from interlace.trainer.config.energy_section import EnergySection
+from interlace.trainer.models.energy.draws import generator_of
+from interlace.trainer.models.initial import embedding_value, matrix_value
+
+
+def initial_value(
+    name: str, shape: tuple[int, ...], seed: int, settings: EnergySection
+) -> torch.Tensor | None:
+    """Return the whole initial value of a parameter or buffer, fp32 on the CPU, or None if it is
+    not one of these.
+
+    The candidates' table has an entry's spread as a token table does. The step embeddings start at
+    zero, so that candidates, which are short while they are nearly even, are not drowned by them;
+    so do adaLN's matrices, which leaves every block out at first.
+    """
+    generator = generator_of(f"{seed}/{name}", torch.device("cpu"))
+    if name == "step_size":
+        return torch.full(shape, settings.step_size)
+    if name == "candidate_proj.weight":
+        return embedding_value(shape, generator)
+    if name == "energy_head.weight":
+        return matrix_value(shape, generator)
+    if name == "step_embed.weight" or name.startswith("modulations."):
+        return torch.zeros(shape)
+    return None
