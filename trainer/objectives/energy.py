@@ -226,8 +226,8 @@ def steps(config: RunConfig) -> list[str]:
         )
     if energy.truncate and energy.loss_steps == "every":
         found.append(
-            "energy.truncate=true: leaves only the last step a gradient, and energy.loss_steps=every "
-            "would train those before it; type energy.loss_steps=last"
+            "energy.truncate=true: leaves only the last step a gradient, and "
+            "energy.loss_steps=every would train those before it; type energy.loss_steps=last"
         )
     return found
 
@@ -268,6 +268,7 @@ def without_effect(config: RunConfig) -> list[str]:
         )
     if train.compile:
         found.append(
-            "train.compile=true: compiled layers have no second derivative; type train.compile=false"
+            "train.compile=true: compiled layers have no second derivative; type "
+            "train.compile=false"
         )
     return found

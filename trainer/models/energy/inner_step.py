@@ -30,14 +30,18 @@ from interlace.trainer.models.energy.candidates import Stage
 # pyright: reportIncompatibleMethodOverride=false
 
 Base = Literal["probabilities", "logits"]
-Recompute = Callable[[Callable[..., Any]], Callable[..., Any]]
+Function = Callable[..., Any]
+Recompute = Callable[[Function], Function]
 """Makes a function that keeps its inputs only, for activation checkpointing; or does nothing."""
 
 
 class Landscape(Protocol):
     """The energy of candidates in one step."""
 
-    recompute: Recompute
+    @property
+    def recompute(self) -> Recompute:
+        """How activation checkpointing wraps a stage."""
+        ...
 
     def stages(self, observed: Sequence[torch.Tensor], order: int) -> list[Stage]:
         """Return the way from probabilities (B, T, V) to energies (B, T) before observed keys and
@@ -122,7 +126,7 @@ class GraphFreeStep(torch.autograd.Function):
         with torch.no_grad():
             step = plain_step(logits, Slope(landscape, observed, rates, base))
         ctx.mark_non_differentiable(step.energies, step.gradient_norms)
-        return tuple(step)
+        return step.logits, step.energies, step.gradient_norms
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -137,6 +141,7 @@ class GraphFreeStep(torch.autograd.Function):
         inputs = [*([point] if chained else []), *leaves, *landscape.weights()]
         scaled = rates.squeeze(-1).expand_as(moved)
         found = torch.autograd.grad(moved, inputs, scaled, allow_unused=True)
+        found = cast(Sequence[torch.Tensor | None], found)
         shares = [None if each is None else -each for each in found]
         of_logits = None
         if chained:
@@ -198,5 +203,5 @@ def pushed(
     with forward_ad.dual_level():
         result = forward_ad.unpack_dual(stage(forward_ad.make_dual(value, tangent)))
         # Reverse runs when the level is closed: its own operations must carry no tangents.
-        assert result.tangent is not None, "a stage depends on what it is given"
+        assert result.tangent is not None, "every stage depends on what it is given"
         return result.primal, result.tangent

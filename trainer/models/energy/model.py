@@ -32,6 +32,7 @@ from interlace.trainer.models.energy.context import context_layer, last_attentio
 from interlace.trainer.models.energy.draws import Draws, landscapes_of
 from interlace.trainer.models.energy.initial import initial_value
 from interlace.trainer.models.energy.inner_step import (
+    Function,
     Recompute,
     Slope,
     Stage,
@@ -250,7 +251,7 @@ class EnergyModel(Model):
         place = Standpoint(rotary_in(self.compute_dtype, ahead, self.config), segments)
         return Past(tuple(observed), place)
 
-    def recomputed(self, function: Recompute) -> Recompute:
+    def recomputed(self, function: Function) -> Function:
         """Return a function as the recipe's activation checkpointing has it."""
         from interlace.trainer.parallel import checkpointed
 
