@@ -83,8 +83,9 @@ def load_saved_model(folder: Path, device: torch.device | None = None) -> SavedM
         anywhere = config.model_copy(update={"model": shape})
         vocabulary_size = weights["embedding.weight"].shape[0]
         model = objective_of(config).build(anywhere, vocabulary_size, torch.float32)
+    # Copies: in a mapped file tensors lie at odd addresses, where products round in another order.
     wide = {
-        name: tensor.float() if tensor.is_floating_point() else tensor
+        name: tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
         for name, tensor in weights.items()
     }
     try:

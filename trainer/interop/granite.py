@@ -4,7 +4,8 @@ A layer there is a sequence mixer and a feed-forward block: our words AF, MF, AE
 in every layer or in none; the feed-forward block, or the shared experts, are its `shared_mlp`. Gate
 and up lie in one matrix, gate first. The layout of Mamba-2 is ours. Its multipliers are one, and
 attention is scaled as it is here. Steps are not limited: `time_step_limit`, which its decoding does
-not heed, is not written, so that decoding a text gives what reading it whole does.
+not heed, is not written, so that decoding a text gives what reading it whole does. (Seen in
+transformers 5.24: a stack without any attention is read whole, but its cache cannot decode it.)
 """
 
 import math
