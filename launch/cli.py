@@ -60,6 +60,28 @@ examples:
   interlace conform mixer --all --json
 """
 
+THINK_EXAMPLES = """\
+An energy-based model predicts by descending its own energy. It may take more steps than in
+training, and descend from several random starts and keep, at every position, the one whose energy
+ends lowest. Both are shown beside a choice at random and the choice of who knows the answer.
+
+examples:
+  interlace think runs/quickstart_ebt-0001
+  interlace think runs/quickstart_ebt-0001 --steps 8 --samples 16 --rows 32 --picture thinking.svg
+"""
+
+LONGCTX_EXAMPLES = """\
+Every model reads prompts of growing length and decodes after them, in turns. All have one vocabulary
+and one precision, and logits are of the last position only, as decoding needs: full logits, which
+can outweigh all else, have rows of their own.
+
+examples:
+  interlace bench longctx quickstart quickstart_hybrid
+  interlace bench longctx quickstart quickstart_hybrid --lengths 512,2048,8192 --picture longctx.png
+  interlace bench longctx runs/quickstart-0001 runs/quickstart_hybrid-0001 --json
+  interlace bench longctx quickstart bpe --vocabulary 4096 model.width=384
+"""
+
 PROFILE_EXAMPLES = """\
 known machines: {machines}
 
@@ -87,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_profile(commands)
     add_doctor(commands)
+    add_bench(commands)
     add_conform(commands)
     why = add(commands, "why", "tell where a setting's value comes from")
     why.add_argument("setting", metavar="SECTION.KEY", help="the setting, as in model.width")
@@ -95,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     why.add_argument("--json", action="store_true", help="print JSON")
     add(commands, "prepare", "tokenise a recipe's text once, in parallel", recipe=True)
     add_sample(commands)
+    add_think(commands)
     verify = add(commands, "verify", "check every digest of a run's checkpoints")
     verify.add_argument("run", metavar="RUN", help="run folder")
     verify.add_argument("--json", action="store_true", help="print JSON")
@@ -160,6 +184,45 @@ def add_profile(commands: AddParser) -> None:
     )
 
 
+def add_bench(commands: AddParser) -> None:
+    """Add the `bench` command."""
+    bench = add(commands, "bench", "measure models side by side on this machine")
+    benchmarks: AddParser = bench.add_subparsers(
+        dest="benchmark", metavar="BENCHMARK", required=True
+    ).add_parser
+    longctx = add(benchmarks, "longctx", "show what a long context costs: times, memory, operators")
+    longctx.formatter_class = argparse.RawDescriptionHelpFormatter
+    longctx.epilog = LONGCTX_EXAMPLES
+    longctx.set_defaults(overrides=[])
+    longctx.add_argument(
+        "words",
+        nargs="+",
+        metavar="RECIPE|RUN|SECTION.KEY=VALUE",
+        help="recipes (random weights), run folders (their weights), and settings that win over "
+        "those of all recipes",
+    )
+    longctx.add_argument(
+        "--lengths", metavar="A,B,...", help="tokens of the prompts (default up to 4,096 on a CPU)"
+    )
+    longctx.add_argument(
+        "--decode", type=int, metavar="N", help="tokens to decode after each prompt (default 16)"
+    )
+    longctx.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="rounds at each length (default 5)"
+    )
+    longctx.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="begin no length that would go beyond it (default 60 on a CPU, 120 on a GPU)",
+    )
+    longctx.add_argument(
+        "--vocabulary", type=int, metavar="N", help="entries for all recipes, where theirs differ"
+    )
+    longctx.add_argument("--picture", metavar="FILE", help="draw it there too (.png, .svg or .pdf)")
+    longctx.add_argument("--json", action="store_true", help="print JSON")
+
+
 def add_doctor(commands: AddParser) -> None:
     """Add the `doctor` command."""
     doctor = add(
@@ -194,6 +257,36 @@ def add_conform(commands: AddParser) -> None:
         "--recipe", metavar="RECIPE", help="recipe whose model.plugins and model.options are used"
     )
     conform.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_think(commands: AddParser) -> None:
+    """Add the `think` command."""
+    think = add(commands, "think", "show what an energy-based model gains by thinking longer")
+    think.formatter_class = argparse.RawDescriptionHelpFormatter
+    think.epilog = THINK_EXAMPLES
+    think.add_argument("run", metavar="RUN", help="run folder, or a model folder")
+    think.add_argument(
+        "--steps", type=int, metavar="N", help="steps of descent (default twice those of training)"
+    )
+    think.add_argument(
+        "--samples",
+        type=int,
+        default=4,
+        metavar="M",
+        help="descents from random starts, of which the lowest energy is kept (default 4)",
+    )
+    think.add_argument(
+        "--rows", type=int, default=8, metavar="R", help="held-out rows to read (default 8)"
+    )
+    think.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="fixes the starts (default 0)"
+    )
+    think.add_argument(
+        "--picture",
+        metavar="FILE",
+        help="where to draw it, .png, .svg or .pdf (default thinking.png in RUN)",
+    )
+    think.add_argument("--json", action="store_true", help="print JSON")
 
 
 def machine_names() -> list[str]:

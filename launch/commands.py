@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,6 +162,13 @@ def measured_now() -> "HardwareProfile":
     return measured
 
 
+def bench(arguments: Namespace) -> int:
+    """Measure models side by side; the one benchmark there is: long contexts."""
+    from interlace.launch.longctx.command import longctx
+
+    return longctx(arguments, progress_line("rounds"))
+
+
 def doctor(arguments: Namespace) -> int:
     """Tell what this machine has, and which attention a recipe takes on it."""
     recipe = load_recipe(arguments.recipe, arguments.overrides) if arguments.recipe else None
@@ -266,6 +274,51 @@ def sample(arguments: Namespace) -> int:
         sys.stdout.flush()
     print()
     return 0
+
+
+def think(arguments: Namespace) -> int:
+    """Measure what an energy-based model gains by more steps and more descents."""
+    given = (name for name in ("steps", "samples", "rows") if getattr(arguments, name) is not None)
+    problems = [
+        f"--{name} {getattr(arguments, name)}: must be 1 or more"
+        for name in given
+        if getattr(arguments, name) < 1
+    ]
+    if problems:
+        raise ConfigError(problems)
+    from interlace.launch.output_files import picture_file
+    from interlace.launch.thinking_table import thinking_table
+    from interlace.trainer.observe.thinking_plot import write_thinking
+    from interlace.trainer.saved_model import load_saved_model
+    from interlace.trainer.thinking import Thinking, steps_in_training
+    from interlace.trainer.thinking import think as measure
+
+    target = arguments.picture or str(Path(arguments.run) / "thinking.png")
+    saved = load_saved_model(Path(arguments.run))
+    steps = arguments.steps or 2 * steps_in_training(saved.config)
+    picture = picture_file("--picture", target)
+    settings = Thinking(
+        steps=steps, samples=arguments.samples, rows=arguments.rows, seed=arguments.seed
+    )
+    thought = measure(saved, settings, progress_line("rows"))
+    write_thinking(thought, picture)
+    if arguments.json:
+        print(json.dumps(asdict(thought), indent=2))
+        return 0
+    print(thinking_table(thought))
+    print(f"\npicture  {picture}")
+    return 0
+
+
+def progress_line(what: str) -> Callable[[int, int], None]:
+    """Return a function that shows how much is done, on one line of a terminal's error stream."""
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            ending = "\n" if done == total else ""
+            print(f"\r{what} {done} of {total}", end=ending, file=sys.stderr, flush=True)
+
+    return show
 
 
 def verify(arguments: Namespace) -> int:
