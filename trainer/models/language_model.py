@@ -5,8 +5,9 @@ A `Layer` is one word of the pattern; it is the unit of sharding, recomputation 
 Parameters may be wider than the compute dtype: they are cast where they are used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple, cast
 
 import torch
@@ -37,11 +38,13 @@ class LanguageLoss(NamedTuple):
         objective: What is differentiated: likelihood, z-loss and balance losses, a scalar.
         mean_nll: Mean negative log-likelihood, nats per token.
         expert_loads: Choices per expert, (E,) int64, for each block with experts from the first.
+        details: Parts of the objective by name, for the log, without a graph.
     """
 
     objective: torch.Tensor
     mean_nll: torch.Tensor
     expert_loads: list[torch.Tensor]
+    details: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 class Block(nn.Module):
@@ -170,17 +173,27 @@ class LanguageModel(Model):
         """Return the normed output of the stack, (B, T, D) in the compute dtype, and what blocks
         with experts report.
         """
+        x, context = self.entrance(tokens, segments, positions)
+        routings: list[Routing] = []
+        for number, layer in enumerate(self.layers):
+            x, found = layer(x, context) if caches is None else layer(x, context, caches[number])
+            routings += found
+        return self.norm(x), routings
+
+    def entrance(
+        self,
+        tokens: torch.Tensor,
+        segments: torch.Tensor | None,
+        positions: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, BlockContext]:
+        """Return the embedded tokens, (B, T, D) in the compute dtype, and what all blocks share."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         context = BlockContext(
             rotary=rotary_in(self.compute_dtype, positions, self.config), segments=segments
         )
         x = functional.embedding(tokens, self.embedding.weight).to(self.compute_dtype)
-        routings: list[Routing] = []
-        for number, layer in enumerate(self.layers):
-            x, found = layer(x, context) if caches is None else layer(x, context, caches[number])
-            routings += found
-        return self.norm(x), routings
+        return x, context
 
     @property
     def units(self) -> list[nn.Module]:
