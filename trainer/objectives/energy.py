@@ -57,7 +57,7 @@ class Energy:
     @classmethod
     def problems(cls, config: RunConfig) -> list[str]:
         """Return what an energy model cannot do, and settings that would have no effect."""
-        checks = (blocks, attention_kernels, steps, replay, without_effect)
+        checks = (blocks, attention_kernels, steps, replay, training)
         return [problem for check in checks for problem in check(config)]
 
     @classmethod
@@ -86,8 +86,9 @@ class Energy:
                 }
         # A row weighs the same in every micro-batch, whatever number of rows that replays.
         share = self.share if batch.step > 0 else 0.0
-        device = batch.tokens.device
-        weights = torch.full((fresh + len(rows),), 1 / (fresh * (1 + share)), device=device)
+        weight = 1 / (fresh * (1 + share))
+        weights = torch.full((fresh + len(rows),), weight, dtype=torch.float64)
+        weights = weights.to(batch.tokens.device)
         draws = self.draws(batch, rows, starts)
         found = descended(model, tensors, draws, fresh, weights)
         if self.buffer is not None:
@@ -253,8 +254,8 @@ def replay(config: RunConfig) -> list[str]:
     return []
 
 
-def without_effect(config: RunConfig) -> list[str]:
-    """Settings of other objectives that would do nothing here are refused."""
+def training(config: RunConfig) -> list[str]:
+    """Settings that would do nothing here, or that a second derivative does not go with."""
     train, found = config.train, list[str]()
     if config.model.tie_embeddings:
         found.append(
@@ -265,6 +266,12 @@ def without_effect(config: RunConfig) -> list[str]:
         found.append(
             f"train.z_loss={train.z_loss}: candidates are normalised at every step, so their "
             "partition is not trained; type train.z_loss=0"
+        )
+    if train.activation_checkpointing == "selective" and config.energy.inner_step == "plain":
+        found.append(
+            "train.activation_checkpointing=selective: keeps results for one backward pass, and "
+            "energy.inner_step=plain takes two; type train.activation_checkpointing=block or "
+            "energy.inner_step=graph_free"
         )
     if train.compile:
         found.append(

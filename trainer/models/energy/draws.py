@@ -55,13 +55,14 @@ class Draws:
         return self.settings.langevin_noise * drawn
 
     def rates(self, step_size: torch.Tensor, length: int) -> torch.Tensor:
-        """Return the step size of every position, (B, T, 1) or (1, 1, 1) fp32.
+        """Return the step size of every position, (B, T, 1) or (1, 1, 1), in fp32 at least.
 
         Args:
             step_size: (1,), of any floating dtype.
             length: T.
         """
-        bounded = step_size.float().clamp(min=self.settings.step_size_floor).view(1, 1, 1)
+        wide = step_size.to(torch.promote_types(step_size.dtype, torch.float32))
+        bounded = wide.clamp(min=self.settings.step_size_floor).view(1, 1, 1)
         widest = self.settings.step_size_spread
         if not self.spread or widest == 1.0:
             return bounded

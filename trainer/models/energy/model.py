@@ -176,7 +176,8 @@ class EnergyModel(Model):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         past = self.observe(tokens, segments, positions)
         if weights is None:
-            weights = torch.full((len(tokens),), 1 / len(tokens), device=tokens.device)
+            even = torch.full((len(tokens),), 1 / len(tokens), dtype=torch.float64)
+            weights = even.to(tokens.device)
         found = self.descent(past, draws, targets, weights)
         return self.report(found, len(tokens) if fresh is None else fresh)
 
