@@ -1,6 +1,7 @@
 """What a mixer says it costs against what it does: parameters, FLOPs, memory until backward."""
 
 import gc
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,21 +21,42 @@ TOLERANCE = 0.02
 """Share by which declared memory may miss the measured one."""
 
 
-def attention_forward(*shapes: torch.Size, out_shape: object = None, **_: object) -> int:
-    """Count the products of fused attention from the shapes of q, k and v."""
-    return sdpa_flop_count(*shapes[:3])
+def torch_forward(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
+    """Count the products of torch's fused attention."""
+    return sdpa_flop_count(q, k, v)
 
 
-def attention_backward(*shapes: torch.Size, out_shape: object = None, **_: object) -> int:
-    """Count those of its backward, from the shapes of the gradient, q, k and v."""
-    return sdpa_backward_flop_count(*shapes[:4])
+def torch_backward(
+    gradient: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object
+) -> int:
+    """Count those of its backward."""
+    return sdpa_backward_flop_count(gradient, q, k, v)
 
 
-FUSED_ON_A_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-}
-"""Torch's counter knows the fused attention of GPUs only."""
+def our_forward(
+    backend: str, q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object
+) -> int:
+    """Count the products of our fused attention."""
+    return sdpa_flop_count(q, k, v)
+
+
+def our_backward(
+    backend: str, q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object
+) -> int:
+    """Count those of its backward; the gradient has the shape of the queries."""
+    return sdpa_backward_flop_count(q, q, k, v)
+
+
+def fused_attention() -> dict[object, Callable[..., int]]:
+    """Return how to count fused attention: torch's counter knows that of GPUs only."""
+    importlib.import_module("interlace.kernels.attention.operators")
+    torchs, ours = torch.ops.aten, torch.ops.interlace
+    return {
+        torchs._scaled_dot_product_flash_attention_for_cpu: torch_forward,
+        torchs._scaled_dot_product_flash_attention_for_cpu_backward: torch_backward,
+        ours.attention_forward: our_forward,
+        ours.attention_backward: our_backward,
+    }
 
 
 def parameter_count(subject: Subject) -> Outcome:
@@ -73,7 +95,7 @@ def flops(subject: Subject) -> Outcome:
 
 def counting() -> FlopCounterMode:
     """Return a counter of matrix FLOPs."""
-    return FlopCounterMode(display=False, custom_mapping=dict[Any, Any](FUSED_ON_A_CPU))
+    return FlopCounterMode(display=False, custom_mapping=fused_attention())
 
 
 def saved_bytes(subject: Subject) -> Outcome:
@@ -132,10 +154,10 @@ def alive_bytes(subject: Subject, rows: int, dtype: torch.dtype, selective: bool
     call: Callable[..., Any] = checkpointed(True, module.forward) if selective else module
     # What is made of the documents once, for all layers, is no mixer's own.
     call(x, context)
-    gc.collect()
     with LiveTensors(views_of_outside=False) as tensors:
         # The sum needs no more than the shape: the output itself may go.
         value = output_of(call(x, context)).sum()
-    gc.collect()
+    # What is in cycles was made just now: to look at older objects as well takes long.
+    gc.collect(1)
     assert value.requires_grad, "there is something to go backward through"
     return tensors.bytes() - value.untyped_storage().nbytes()

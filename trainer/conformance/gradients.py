@@ -1,10 +1,11 @@
 """Derivatives against finite differences, in fp64, for the input and every parameter by name.
 
-A scalar is made of the output by random weights. Along a direction u its derivative is
-<gradient, u>; numerically it is a central difference of fourth order (weights -1, 8, -8, 1 over
-12 h). Two directions are tried for each tensor: a random one, which any missing part shows in, and
-that of the claimed gradient itself, which makes the difference large against rounding. The second
-derivative is that of <gradient, v> for random v, in the same way.
+A scalar is made of the output y by random weights w: the sum of w (y + y^2 / 2), whose gradient
+depends on y, so that backward itself has something to be differentiated for. Along a direction u
+its derivative is <gradient, u>; numerically it is a central difference of fourth order (weights -1,
+8, -8, 1 over 12 h). Two directions are tried for each tensor: a random one, which any missing part
+shows in, and that of the claimed gradient itself, which makes the difference large against
+rounding. The second derivative is that of <gradient, v> for random v, in the same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from interlace.trainer.conformance.outcome import Outcome, exempt, judged
-from interlace.trainer.conformance.subject import Subject
+from interlace.trainer.conformance.subject import Subject, output_of
 from interlace.trainer.models.context import Routed
 
 ROWS, LENGTH = 2, 7
@@ -76,9 +77,9 @@ def weighted_output(subject: Subject, module: nn.Module, x: torch.Tensor, order:
 
     def value() -> torch.Tensor:
         mixed = module(x, subject.context(x, order=order))
-        if isinstance(mixed, Routed):
-            return (mixed.output * weight).sum() + mixed.loss
-        return (mixed * weight).sum()
+        y = output_of(mixed)
+        value = ((y + 0.5 * y.square()) * weight).sum()
+        return value + mixed.loss if isinstance(mixed, Routed) else value
 
     return value
 
