@@ -135,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     imported.set_defaults(function="import_model")
     imported.add_argument("source", metavar="HF-DIR", help="folder with config.json and weights")
     imported.add_argument("target", metavar="MODEL-DIR", help="new folder to write")
+    add_hybridize(commands)
     return parser
 
 
@@ -287,6 +288,36 @@ def add_think(commands: AddParser) -> None:
         help="where to draw it, .png, .svg or .pdf (default thinking.png in RUN)",
     )
     think.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_hybridize(commands: AddParser) -> None:
+    """Add the `hybridize` command."""
+    hybridize = add(
+        commands,
+        "hybridize",
+        "replace attention layers of a trained model by Mamba-2 layers made of their weights",
+    )
+    hybridize.add_argument(
+        "source", metavar="RUN|MODEL-DIR|HF-DIR", help="folder of the trained model, the teacher"
+    )
+    hybridize.add_argument(
+        "--keep-attention",
+        required=True,
+        metavar="every=N",
+        help="the last of every N attention layers stays as it is",
+    )
+    hybridize.add_argument(
+        "--to",
+        metavar="DIR",
+        help="new folder to write (default: the source's, plus -hybrid)",
+    )
+    hybridize.add_argument(
+        "--init",
+        default="copy+scale",
+        choices=("copy+scale", "copy", "random"),
+        help="how the new layers start: from queries, keys and values, scaled to be close to "
+        "linear attention (default), or as they are, or at random",
+    )
 
 
 def machine_names() -> list[str]:

@@ -378,3 +378,51 @@ def import_model(arguments: Namespace) -> int:
     print(f"    interlace sample {target}")
     print(f"    interlace train {target}/recipe.toml data.source=YOUR-TEXT")
     return 0
+
+
+def hybridize(arguments: Namespace) -> int:
+    """Write a student of a trained model, with Mamba-2 in place of most of its attention."""
+    from interlace.trainer.hybridize import hybridize as make_hybrid
+    from interlace.trainer.hybridize import student_recipe
+    from interlace.trainer.model_folder import claim_new_folder, write_model_folder
+    from interlace.trainer.models.language_model import LanguageModel
+    from interlace.trainer.saved_model import load_saved_model
+
+    source, every = Path(arguments.source), attention_to_keep(arguments.keep_attention)
+    target = Path(arguments.to or f"{source.absolute()}-hybrid")
+    saved = load_saved_model(source)
+    config, teacher = saved.config, saved.model
+    if not isinstance(teacher, LanguageModel):
+        raise ConfigError(
+            [f"{source}: train.objective={config.train.objective} has no attention to replace"]
+        )
+    hybrid = make_hybrid(
+        teacher,
+        every=every,
+        start=arguments.init,
+        seed=config.run.seed,
+        row_length=config.data.sequence_length,
+    )
+    claim_new_folder(f"--to {target}", target)
+    recipe = student_recipe(config, hybrid, source, target.name)
+    said = f"{source.name}, with Mamba-2 in {len(hybrid.replaced)} layers ({arguments.init})"
+    write_model_folder(hybrid.weights, recipe, saved.tokenizer, target, description=said)
+    kept = ", ".join(str(number + 1) for number in hybrid.kept) or "none"
+    print(f"wrote {target}: {hybrid.model.pattern}")
+    print(f"Mamba-2 in {len(hybrid.replaced)} layers; attention stays in layers: {kept}. Train it:")
+    print(f"    interlace train {target}/recipe.toml")
+    return 0
+
+
+def attention_to_keep(text: str) -> int:
+    """Return N of `every=N`.
+
+    Raises:
+        ConfigError: It is not spelled like this.
+    """
+    word, _, number = text.partition("=")
+    if word != "every" or not number.isdecimal() or int(number) < 1:
+        raise ConfigError(
+            [f"--keep-attention {text}: cannot be read; type every=4 to keep one layer in four"]
+        )
+    return int(number)
