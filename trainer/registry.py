@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,11 @@ class Registry(Generic[Entry]):
         )
 
 
+LOADED: list[Path] = []
+"""Files of a user's own that this process has imported; processes that it starts import them too.
+"""
+
+
 def load_plugins(files: Iterable[str]) -> None:
     """Import a user's own files, each once per process, so that what is in them is registered.
 
@@ -106,4 +112,7 @@ def load_plugin(path: Path) -> None:
     except Exception as error:
         del sys.modules[name]
         said = f"{type(error).__name__}: {error}"
-        raise ConfigError([f"model.plugins={path}: cannot be imported: {said}"]) from error
+        lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        where = f" ({path.name}, line {lines[-1].lineno})" if lines else ""
+        raise ConfigError([f"model.plugins={path}: cannot be imported: {said}{where}"]) from error
+    LOADED.append(path)
