@@ -71,15 +71,15 @@ examples:
 """
 
 LONGCTX_EXAMPLES = """\
-Every model reads prompts of growing length and decodes after them, in turns. All have one vocabulary
-and one precision, and logits are of the last position only, as decoding needs: full logits, which
-can outweigh all else, have rows of their own.
+Every model reads prompts of growing length and decodes after them, in turns. All have one
+vocabulary and one precision, and logits are of the last position only, as decoding needs: full
+logits, which can outweigh all else, have rows of their own.
 
 examples:
   interlace bench longctx quickstart quickstart_hybrid
   interlace bench longctx quickstart quickstart_hybrid --lengths 512,2048,8192 --picture longctx.png
   interlace bench longctx runs/quickstart-0001 runs/quickstart_hybrid-0001 --json
-  interlace bench longctx quickstart bpe --vocabulary 4096 model.width=384
+  interlace bench longctx quickstart bpe --vocabulary 2048 model.width=384
 """
 
 PROFILE_EXAMPLES = """\

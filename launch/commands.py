@@ -3,6 +3,7 @@ need them.
 """
 
 import json
+import os
 import sys
 import time
 from argparse import Namespace
@@ -164,6 +165,8 @@ def measured_now() -> "HardwareProfile":
 
 def bench(arguments: Namespace) -> int:
     """Measure models side by side; the one benchmark there is: long contexts."""
+    # Torch's profiler would write a line at every start and stop; it asks when torch is loaded.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     from interlace.launch.longctx.command import longctx
 
     return longctx(arguments, progress_line("rounds"))
