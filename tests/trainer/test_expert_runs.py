@@ -16,8 +16,6 @@ EXPERTS = (
     "model.moe_experts=4",
     "model.moe_bias_rate=0.01",
     "train.steps=12",
-    # The balance loss is a mean over a micro-batch: the same ones on every number of ranks.
-    "train.microbatch_rows=4",
 )
 
 

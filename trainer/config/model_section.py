@@ -109,7 +109,7 @@ class ModelSection(Section):
     """
 
     moe_balance_loss: NonNegativeFloat = 0.01
-    """Weight of the load-balance loss (Switch Transformer, equation 4); 0 turns it off."""
+    """Weight of the load-balance loss, row by row (DeepSeek-V3, equation 17); 0 turns it off."""
 
     moe_bias_rate: NonNegativeFloat = 0.0
     """Step of the bias that moves the choice of experts towards equal load without a loss

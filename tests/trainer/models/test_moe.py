@@ -76,6 +76,7 @@ def twin(mixture: MixtureOfExperts, x: torch.Tensor, shape: ModelSection) -> Rou
     """The mixture, token by token, in the input's precision."""
     outputs: list[torch.Tensor] = []
     all_chances: list[torch.Tensor] = []
+    choices: list[int] = []
     load = torch.zeros(shape.moe_experts, dtype=torch.int64)
     for token in x.flatten(0, 1):
         logits = mixture.router.weight @ token
@@ -90,12 +91,19 @@ def twin(mixture: MixtureOfExperts, x: torch.Tensor, shape: ModelSection) -> Rou
         for expert in best:
             output = output + scores[expert] / total * block(str(expert), mixture, token)
             load[expert] += 1
+            choices.append(expert)
         if shape.moe_shared_experts:
             output = output + block("shared", mixture, token)
         outputs.append(output)
         all_chances.append(scores / scores.sum())
-    shares = load.double() / (len(outputs) * shape.moe_top_k)
-    even = (shares * torch.stack(all_chances).mean(0)).sum()
+    rows = torch.stack(all_chances).unflatten(0, x.shape[:2])
+    picks = torch.tensor(choices).view(len(rows), -1)
+    even = torch.stack(
+        [
+            sum((pick == e).double().mean() * row[:, e].mean() for e in range(shape.moe_experts))
+            for pick, row in zip(picks, rows, strict=True)
+        ]
+    ).mean()
     loss = shape.moe_balance_loss * shape.moe_experts * even
     return Routed(torch.stack(outputs).unflatten(0, x.shape[:2]), loss, load)
 
@@ -239,10 +247,20 @@ def test_the_grouped_product_on_a_gpu_is_the_loop_in_fp64() -> None:
 
 
 def test_the_balance_loss_is_one_when_even_and_the_number_of_experts_when_one_has_all() -> None:
-    even = torch.full((8, 4), 0.25)
-    torch.testing.assert_close(balance_loss(even, torch.full((4,), 4)), torch.tensor(1.0))
-    one_hot = functional.one_hot(torch.zeros(8, dtype=torch.int64), 4).float()
-    torch.testing.assert_close(balance_loss(one_hot, torch.tensor([8, 0, 0, 0])), torch.tensor(4.0))
+    even, turns = torch.full((1, 8, 4), 0.25), torch.arange(16).view(1, 8, 2) % 4
+    torch.testing.assert_close(balance_loss(even, turns), torch.tensor(1.0))
+    one_hot = functional.one_hot(torch.zeros(1, 8, dtype=torch.int64), 4).float()
+    first = torch.zeros(1, 8, 1, dtype=torch.int64)
+    torch.testing.assert_close(balance_loss(one_hot, first), torch.tensor(4.0))
+
+
+def test_the_balance_loss_of_a_batch_is_the_mean_of_its_rows() -> None:
+    shape = ModelSection(width=12, moe_experts=4, moe_balance_loss=1.0)
+    mixture, x = build(shape, torch.float64), inputs(shape, 4, 6, torch.float64)
+    whole = mixture(x, NOTHING_SHARED).loss
+    rows = torch.stack([mixture(row, NOTHING_SHARED).loss for row in x.split(1)])
+    torch.testing.assert_close(rows.mean(), whole, rtol=1e-12, atol=0)
+    assert rows.std() > 1e-3
 
 
 def test_choices_are_counted_per_expert() -> None:

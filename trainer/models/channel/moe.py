@@ -6,10 +6,10 @@ through, as one block, keep what is common out of the others (DeepSeekMoE, Dai e
 2401.06066). No token is dropped; see `experts`.
 
 Left alone a router prefers few experts. Two remedies, and both may be on. The load-balance loss
-(Switch Transformer, Fedus et al. 2021, arXiv 2101.03961, equation 4) pulls towards an equal load;
-it is a mean over one micro-batch of one rank, so its value depends on how a step is cut into them,
-while a token's output does not depend on other tokens. The balance bias (DeepSeek-V3, 2024, arXiv
-2412.19437, section 2.1.2) is added to the scores when experts are chosen, never to the weights, and
+(Switch Transformer, Fedus et al. 2021, arXiv 2101.03961, equation 4) pulls towards an equal load,
+row by row (as in DeepSeek-V3, 2024, arXiv 2412.19437, equations 17 to 20): a loss over a whole
+micro-batch would depend on how a step is cut into them, and so on the number of ranks. The balance
+bias (section 2.1.2 there) is added to the scores when experts are chosen, never to the weights, and
 moves a little after every step against the load of the whole step on all ranks.
 
 With several ranks the experts are sharded like all other weights, by FSDP2 along their first
@@ -81,7 +81,9 @@ class MixtureOfExperts(nn.Module):
         load = choice_counts(choice.experts, choice.probabilities.shape[1])
         if not self.balance_loss:
             return Routed(output, choice.probabilities.new_zeros(()), load)
-        return Routed(output, self.balance_loss * balance_loss(choice.probabilities, load), load)
+        rows = choice.probabilities.unflatten(0, x.shape[:2])
+        loss = balance_loss(rows, choice.experts.unflatten(0, x.shape[:2]))
+        return Routed(output, self.balance_loss * loss, load)
 
     def choose(self, tokens: torch.Tensor) -> Choice:
         """Return the experts of (N, D) tokens."""
@@ -220,17 +222,20 @@ def choice_counts(chosen: torch.Tensor, experts: int) -> torch.Tensor:
     return counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())
 
 
-def balance_loss(probabilities: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
-    """Return E times the sum over experts of their share of the choices times their mean
-    probability: 1 if the load is even, E if one expert has it all.
+def balance_loss(probabilities: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Return the mean over rows of E times the sum over experts of their share of the row's choices
+    times their mean probability in it: 1 if the load is even, E if one expert has it all.
 
     Args:
-        probabilities: (N, E); each row sums to one. The softmax over all logits, or the sigmoids
-            divided by their sum over all experts (DeepSeek-V3, equation 19).
-        load: (E,) choices per expert; all k choices of a token count, and no gradient goes through.
+        probabilities: (B, T, E), summing to one over E. The softmax over all logits, or the
+            sigmoids divided by their sum over all experts (DeepSeek-V3, equation 19).
+        chosen: (B, T, k) experts; all k choices of a token count, and no gradient goes through.
     """
-    share = load.to(probabilities.dtype) / load.sum()
-    return len(load) * (share * probabilities.mean(0)).sum()
+    rows, _, experts = probabilities.shape
+    flat = chosen.flatten(1)
+    share = probabilities.new_zeros(rows, experts)
+    share.scatter_add_(1, flat, torch.full_like(flat, 1, dtype=share.dtype))
+    return experts * (share / flat.shape[1] * probabilities.mean(1)).sum(-1).mean()
 
 
 def joint_block(config: ModelSection) -> ModelSection:
