@@ -9,6 +9,7 @@ if __name__ != "interlace.kernels":
 from interlace.kernels.attention.api import attention, explain_attention
 from interlace.kernels.conv1d.api import causal_conv1d, causal_conv1d_step
 from interlace.kernels.cross_entropy import HeadLoss, linear_cross_entropy
+from interlace.kernels.linear import linear
 from interlace.kernels.rms_norm import add_rms_norm, gated_rms_norm, rms_norm
 from interlace.kernels.rotary import apply_rotary, rotary_tables
 from interlace.kernels.ssd.api import ssd
@@ -24,6 +25,7 @@ __all__ = [
     "causal_conv1d_step",
     "explain_attention",
     "gated_rms_norm",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rotary_tables",

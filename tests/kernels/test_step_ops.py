@@ -11,15 +11,18 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from interlace.kernels import (
     add_rms_norm,
     apply_rotary,
     gated_rms_norm,
+    linear,
     rms_norm,
     rotary_tables,
     swiglu,
 )
+from interlace.kernels.linear import linear_reference
 from interlace.kernels.rms_norm import gated_rms_norm_reference, rms_norm_reference
 from interlace.kernels.rotary import apply_rotary_reference
 from interlace.kernels.swiglu import swiglu_reference
@@ -77,6 +80,7 @@ OPERATIONS = [
         ((2, 1, 5, 4),),
     ),
     Operation("swiglu", swiglu, swiglu_reference, ((2, 7), (2, 7))),
+    Operation("linear", linear, linear_reference, ((2, 3, 5), (4, 5))),
 ]
 EACH = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 
@@ -131,6 +135,22 @@ def test_tangents_and_their_gradients_are_the_plain_twin_s(
         found.append([*tangents, *gradients])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_a_tangent_of_a_linear_map_takes_two_products_and_four_in_reverse() -> None:
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    along = torch.randn(5, 8, requires_grad=True)
+    product, counts = 2 * 5 * 8 * 8, list[float]()
+    with FlopCounterMode(display=False) as counter, forward_ad.dual_level():
+        # Bent, so that value and tangent both have a gradient.
+        result = linear(forward_ad.make_dual(x, along), weight).sin()
+        tangent = forward_ad.unpack_dual(result).tangent
+    counts.append(counter.get_total_flops() / product)
+    assert tangent is not None
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(tangent.sum(), [x, along, weight])
+    counts.append(counter.get_total_flops() / product)
+    assert counts == [2, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

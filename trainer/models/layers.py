@@ -6,9 +6,8 @@ come in the compute dtype. There are no biases.
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from interlace.kernels import rms_norm
+from interlace.kernels import linear, rms_norm
 
 
 class Linear(nn.Module):
@@ -20,7 +19,7 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
-        return functional.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
