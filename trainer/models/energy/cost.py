@@ -58,17 +58,18 @@ def flops_per_token(
     config: ModelSection, energy: EnergySection, vocabulary_size: int, sequence_length: int
 ) -> Flops:
     """Return the matrix FLOPs of one token of a training step, with as many steps of descent as
-    are taken on average; recomputation by activation checkpointing is not counted.
+    are taken on average; recomputation by activation checkpointing is not counted, nor what does
+    not grow with the tokens (adaLN's signal).
     """
     one = products_of(config, vocabulary_size, sequence_length)
     taken = energy.steps - 1 + (energy.fewest_last_steps + energy.most_last_steps) / 2
     alone = energy.truncate or (energy.detach and energy.loss_steps == "last")
     trained = 1 if alone else taken
-    # A step that follows on another passes its derivative on to it.
-    chained = 0 if alone or energy.detach else taken - 1
-    tables = 2 if energy.inner_step == "graph_free" and energy.update_base == "logits" else 1
+    # A step that follows on another passes its derivative on to it: value's and tangent's share.
+    # torch's own derivative takes that product in vain where there is nobody to pass it on to.
+    chained = 0 if alone or energy.detach or energy.inner_step == "plain" else taken - 1
     descent = 2 * (one.layers + one.table + one.head) + 7 * one.scores
-    backward = trained * derivative_flops(one, energy) + chained * tables * one.table
+    backward = trained * derivative_flops(one, energy) + chained * 2 * one.table
     context = context_flops(config, sequence_length)
     return Flops(
         context.forward + round(taken * descent),
@@ -79,8 +80,8 @@ def flops_per_token(
 def derivative_flops(one: Products, energy: EnergySection) -> int:
     """Return the FLOPs of the derivative of one step that follows on no other."""
     if energy.inner_step == "plain":
-        return 4 * one.layers + 3 * one.table + one.head + 17 * one.scores
-    return 6 * one.layers + 4 * one.table + 4 * one.head + 29 * one.scores
+        return 4 * one.layers + 4 * one.table + one.head + 17 * one.scores
+    return 6 * one.layers + 4 * one.table + 6 * one.head + 29 * one.scores
 
 
 def context_flops(config: ModelSection, sequence_length: int) -> Flops:

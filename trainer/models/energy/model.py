@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from interlace.kernels import linear
 from interlace.trainer.config.energy_section import EnergySection
 from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.models import model as models
@@ -264,7 +265,7 @@ class EnergyModel(Model):
         """Return candidates (B, T, V) as inputs of the stack, (B, T, D), told the landscape."""
         narrow = probabilities.to(self.compute_dtype)
         if self.candidate_proj is None:
-            x = narrow @ self.embedding.weight.to(narrow.dtype)
+            x = linear(narrow, self.embedding.weight.to(narrow.dtype).T)
         else:
             x = self.candidate_proj(narrow)
         if self.step_embed is None or self.energy.variant != "time_embed":
