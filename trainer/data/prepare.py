@@ -54,6 +54,7 @@ from interlace.trainer.data.tokenizers import (
     train_bpe,
 )
 from interlace.trainer.errors import DataError
+from interlace.trainer.registry import LOADED, load_plugins
 
 TASK_BYTES = 8 * 2**20
 SHARD_TOKENS = 16 * 2**20
@@ -65,7 +66,9 @@ QUARANTINE_NAME = "quarantine.jsonl"
 
 @dataclass(frozen=True)
 class Task:
-    """Units of one source that one process tokenises in order."""
+    """Units of one source that one process tokenises in order; `plugins` are the files of a user's
+    own that it may need for that.
+    """
 
     number: int
     source: int
@@ -76,6 +79,7 @@ class Task:
     validation_fraction: float
     skip_bad_rows: bool
     end_of_text: str | None
+    plugins: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -277,6 +281,7 @@ def cut_tasks(inputs: Inputs, units: list[list[Unit]], working: Path, dtype: str
                     dtype=dtype,
                     validation_fraction=inputs.data.validation_fraction,
                     skip_bad_rows=inputs.data.on_bad_row == "skip",
+                    plugins=tuple(map(str, LOADED)),
                     end_of_text=inputs.data.end_of_text,
                 )
             )
@@ -328,6 +333,7 @@ def run_task(task: Task) -> TaskResult:
     Raises:
         DataError: A bad row, unless they are to be skipped.
     """
+    load_plugins(task.plugins)
     tokenizer = load_tokenizer(task.folder / TOKENIZER_NAME, task.end_of_text)
     stem = f"source-{task.source}"
     writers: dict[SplitName, ShardWriter] = {

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 from interlace.trainer.config.schema import DataSection, SourceSection
 from interlace.trainer.errors import DataError
+from interlace.trainer.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -80,28 +81,29 @@ class Source(Protocol):
     def read(self, spec: SourceSpec, units: Sequence[Unit]) -> Iterator[Document | BadRow]: ...
 
 
-KINDS: dict[str, Source] = {}
+SOURCES: Registry[type[Source]] = Registry(
+    "source kind",
+    "data.source",
+    {
+        "stdlib": "interlace.trainer.data.sources.stdlib",
+        "text": "interlace.trainer.data.sources.files",
+        "jsonl": "interlace.trainer.data.sources.files",
+        "parquet": "interlace.trainer.data.sources.files",
+        "hub": "interlace.trainer.data.sources.hub",
+    },
+)
+
 SourceClass = TypeVar("SourceClass", bound=Source)
 
 
 def source_kind(name: str) -> Callable[[type[SourceClass]], type[SourceClass]]:
-    """Register a source class under the name that recipes use."""
-
-    def register(kind: type[SourceClass]) -> type[SourceClass]:
-        if name in KINDS:
-            raise ValueError(f"source kind {name}: registered twice")
-        KINDS[name] = kind()
-        return kind
-
-    return register
+    """Register a class as the reader of the sources that recipes write as `name:LOCATION`."""
+    return SOURCES.register(name)
 
 
 def source_of(kind: str) -> Source:
     """Return the reader of a kind."""
-    from interlace.trainer.data.sources import files, hub, stdlib
-
-    assert files and hub and stdlib  # importing them registers them
-    return KINDS[kind]
+    return SOURCES.get(kind)()
 
 
 def specs_of(data: DataSection) -> list[SourceSpec]:
@@ -115,12 +117,12 @@ def spec_of(section: SourceSection, text_field: str) -> SourceSpec:
     """Read one source; see `SourceSection.source` for the grammar.
 
     Raises:
-        DataError: It looks like a path and matches nothing.
+        DataError: It looks like a path and matches nothing, or names a kind that nobody reads.
     """
     kind, colon, location = section.source.partition(":")
     if section.source == "stdlib":
         kind, location = "stdlib", ""
-    elif not (colon and kind in {"text", "jsonl", "parquet", "hub"}):
+    elif not (colon and kind in SOURCES.names()):
         kind, location = guess_kind(section.source), section.source
     field = section.text_field or text_field
     return SourceSpec(kind, location, field, section.subset, section.split, section.weight)
@@ -142,6 +144,9 @@ def guess_kind(source: str) -> str:
         return kinds[0]
     if matches:
         return kind_of(matches[0])
+    kind, colon, _ = source.partition(":")
+    if colon and kind.isidentifier():
+        raise DataError(f"{SOURCES.unknown(kind)}; a plug-in's file goes into model.plugins")
     if looks_like_path or source.count("/") > 1:
         raise DataError(
             f"data.source={source}: no file matches (looked from {Path.cwd()}); give a file, a "
