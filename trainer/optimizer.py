@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from interlace.kernels.update import SGD, AdamW, UpdateRule
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.optimizer import OffloadedOptimizer
 from interlace.offload.options import OffloadOptions
@@ -19,6 +18,7 @@ from interlace.offload.schedule import MemoryBudget, MemoryShortage
 from interlace.trainer.config.schema import OptimizerSection, RunConfig
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.model import Model
+from interlace.trainer.rules import rule_of
 
 if TYPE_CHECKING:
     from interlace.trainer.plan import Plan
@@ -58,18 +58,6 @@ def build_optimizer(
         )
     except MemoryShortage as error:
         raise ConfigError([str(error)]) from error
-
-
-def rule_of(settings: OptimizerSection) -> UpdateRule:
-    """Return the update rule of a recipe."""
-    if settings.rule == "sgd":
-        return SGD(lr=settings.peak_lr, momentum=settings.beta1, weight_decay=settings.weight_decay)
-    return AdamW(
-        lr=settings.peak_lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-    )
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSection) -> list[dict[str, object]]:

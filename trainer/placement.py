@@ -44,7 +44,7 @@ from interlace.trainer.capacity import (
     shortage_of,
 )
 from interlace.trainer.config.schema import RunConfig
-from interlace.trainer.optimizer import rule_of
+from interlace.trainer.rules import rule_of
 
 
 class HomeShare(BaseModel):

@@ -20,8 +20,8 @@ from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.cost import ForwardPass, idle_parameters
 from interlace.trainer.models.depth import layer_patterns
 from interlace.trainer.objectives import Accompanied, objective_of
-from interlace.trainer.optimizer import rule_of
 from interlace.trainer.placement import Circumstances, OffloadPlan, place, schedules
+from interlace.trainer.rules import rule_of
 
 DEFAULT_MICROBATCH_TOKENS = 16_384
 

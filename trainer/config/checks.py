@@ -128,6 +128,14 @@ def objective_is_known(config: RunConfig) -> str | None:
     return None if name in OBJECTIVES.names() else OBJECTIVES.unknown(name)
 
 
+def rule_is_known(config: RunConfig) -> str | None:
+    """The update rule is registered."""
+    from interlace.trainer.rules import RULES
+
+    name = config.optimizer.rule
+    return None if name in RULES.names() else RULES.unknown(name)
+
+
 def pattern_is_known(config: RunConfig) -> str | None:
     """Every letter of the pattern names a registered block."""
     from interlace.trainer.models.depth import layer_patterns
@@ -290,6 +298,7 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     experts_are_as_many_as_chosen,
     experts_are_weighed,
     objective_is_known,
+    rule_is_known,
     step_holds_whole_rows,
     validation_holds_a_row,
     mixture_has_sources,

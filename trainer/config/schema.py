@@ -143,9 +143,9 @@ class TrainSection(Section):
 class OptimizerSection(Section):
     """How parameters are updated."""
 
-    rule: Literal["adamw", "sgd"] = "adamw"
-    """Update rule: AdamW (Loshchilov and Hutter 2019), or SGD with momentum `beta1`, whose decay
-    is part of the gradient.
+    rule: str = "adamw"
+    """Update rule: `adamw` (Loshchilov and Hutter 2019), `sgd` with momentum `beta1`, whose decay
+    is part of the gradient, or a plug-in's.
     """
 
     peak_lr: Annotated[float, Field(gt=0.0)] = 3e-3

@@ -107,9 +107,7 @@ WRONG_OVERRIDES = {
     "data.vocabulary_size=100": "data.vocabulary_size=100: must be 258 or more (Entries of a BPE "
     "vocabulary trained here, the end-of-text token included; others bring their own); the "
     "default is data.vocabulary_size=4096",
-    "optimizer.rule=adam": "optimizer.rule=adam: must be one of 'adamw' or 'sgd' (Update rule: "
-    "AdamW (Loshchilov and Hutter 2019), or SGD with momentum `beta1`, whose decay is part of the "
-    "gradient); type optimizer.rule=adamw",
+    "optimizer.rule=adam": "optimizer.rule=adam: there is no such update rule; known: adamw, sgd",
     "offload.strategy=auto": "offload.strategy=auto: must be one of 'none', 'host', 'stride' or "
     "'optimal' (All state on the device, all on the host, every k-th subgroup staged, or as the "
     "performance model says); type offload.strategy=none",
