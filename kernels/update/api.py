@@ -1,7 +1,7 @@
 """`update`: one call for every rule, dtype and device; it says what is wrong with what it is given.
 
-On a CPU the compiled one-pass kernels run, on a GPU the Triton kernels; float64 slabs go to the
-plain formula. All of them do the same arithmetic in the same order.
+On a CPU the compiled one-pass kernels run, on a GPU the Triton kernels; float64 slabs, and rules
+without kernels, go to the plain formula. All of them do the same arithmetic in the same order.
 """
 
 import importlib
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from interlace.kernels.triton_language import require_triton
+from interlace.kernels.update.plain import has_kernels, update_plain
 from interlace.kernels.update.rules import UpdateRule
 from interlace.kernels.update.slab import Slab, Step, rounding_keys
 
@@ -43,8 +44,8 @@ def update(
         return
     whole = (start, stop) == (0, slab.gradient.numel())
     part = slab if whole else cut(slab, start, stop)
-    if slab.master.dtype is torch.float64:
-        update_plain(rule, part, step)
+    if slab.master.dtype is torch.float64 or not has_kernels(rule):
+        update_plain(rule, part, step, step.first_element + start)
     elif slab.master.device.type == "cpu":
         update_on_cpu(rule, part, step, step.first_element + start)
     else:
@@ -64,8 +65,8 @@ def update_many(rule: UpdateRule, slabs: Sequence[Slab], steps: Sequence[Step]) 
     together: dict[tuple[object, ...], list[tuple[Slab, Step]]] = {}
     for slab, step in zip(slabs, steps, strict=True):
         count = slab.gradient.numel()
-        short = slab.gradient.is_cuda and slab.master.dtype is not torch.float64
-        if short and 0 < count <= SHORT:
+        compiled = has_kernels(rule) and slab.master.dtype is not torch.float64
+        if compiled and slab.gradient.is_cuda and 0 < count <= SHORT:
             check(rule, slab)
             together.setdefault(form_of(slab, step), []).append((slab, step))
         else:
@@ -123,14 +124,6 @@ def cut(slab: Slab, start: int, stop: int) -> Slab:
         weight=piece(slab.weight),
         remainder=piece(slab.remainder),
     )
-
-
-def update_plain(rule: UpdateRule, slab: Slab, step: Step) -> None:
-    """Update with the plain formula, in the master's precision."""
-    gradient = slab.gradient.to(slab.master.dtype) * step.gradient_scale
-    rule.plain(slab.master, gradient, slab.moments, step.number, step.hyper)
-    if slab.weight is not None:
-        slab.weight.copy_(slab.master)
 
 
 def update_on_cpu(rule: UpdateRule, slab: Slab, step: Step, position: int) -> None:

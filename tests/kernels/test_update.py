@@ -55,6 +55,51 @@ def test_fp64_slabs_follow_the_plain_formula() -> None:
     assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
 
 
+class OwnAdamW(AdamW):
+    """A rule of somebody's own: it has a formula, and no kernels."""
+
+
+class OwnSGD(SGD):
+    """Likewise."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_rule_without_kernels_is_served_by_its_formula(form: str) -> None:
+    slab, step = make_slab(form, AdamW(), 5000), a_step(AdamW())
+    kernel, formula = copy_of(slab), copy_of(slab)
+    update(AdamW(), kernel, step)
+    update(OwnAdamW(), formula, step)
+    pairs = zip((kernel.master, *kernel.moments), (formula.master, *formula.moments), strict=True)
+    for one, other in pairs:
+        tolerance = 2e-6 if one.dtype is torch.float32 else 2**-7
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=2e-6)
+    if formula.weight is not None:
+        assert torch.equal(formula.weight, formula.master.to(formula.weight.dtype))
+    pieces = copy_of(slab)
+    for start, stop in ((0, 7), (7, 4000), (4000, 5000)):
+        update(OwnAdamW(), pieces, step, start=start, stop=stop)
+    assert same_bits(pieces, formula)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_around_a_formula_rounds_as_the_kernels_do(form: str) -> None:
+    # With these constants the arithmetic is exact, so that only rounding can differ.
+    rule = {"lr": 0.0, "momentum": 1.0, "weight_decay": 0.0}
+    slab, step = make_slab(form, SGD(), 5000), Step(3, 1.0, SGD(**rule).hyperparameters(), 7, 99)
+    slab.gradient.mul_(1e30)
+    slab.gradient[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    kernel, formula = copy_of(slab), copy_of(slab)
+    update(SGD(**rule), kernel, step)
+    update(OwnSGD(**rule), formula, step)
+    assert same_bits_of_numbers(kernel, formula)
+
+
+def same_bits_of_numbers(one: Slab, other: Slab) -> bool:
+    """Whether two slabs hold the same; what is not a number, anywhere in both."""
+    pairs = [(one.master, other.master), *zip(one.moments, other.moments, strict=True)]
+    return all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in pairs)
+
+
 @pytest.mark.parametrize(
     ("rule", "theirs"),
     [
