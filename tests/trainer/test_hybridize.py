@@ -1,6 +1,7 @@
 """Attention layers become Mamba-2 layers that start from their weights, and learn faster for it."""
 
 import math
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from interlace.trainer.models.student import Student, replaced_layers, teach
 from interlace.trainer.saved_model import load_saved_model
 
 GROUPED = ModelSection(width=24, heads=4, kv_heads=2, head_width=10, ffn_width=16, layers=4)
-TEXT = torch.tensor(list(Path(__file__).read_bytes()))
+TEXT = torch.tensor(list(Path(textwrap.__file__).read_bytes()))
+"""A text that does not change with this project."""
 
 
 def build(model: ModelSection = GROUPED, seed: int = 1) -> LanguageModel:
@@ -167,7 +169,7 @@ def test_a_model_without_attention_or_with_other_mamba_heads_is_refused() -> Non
 
 
 def batches(seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield inputs and targets of 12 rows of 48 bytes of this file."""
+    """Yield inputs and targets of 12 rows of 48 bytes of the text."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(TEXT) - 49, (12,), generator=generator).tolist()
