@@ -24,6 +24,7 @@ from interlace.trainer.data.prepare import TOKENIZER_NAME, prepare
 from interlace.trainer.data.rows import TrainingRows, ValidationRows
 from interlace.trainer.data.shards import PreparedCorpus
 from interlace.trainer.data.tokenizers import load_tokenizer
+from interlace.trainer.diagnostics import diagnostics_of
 from interlace.trainer.errors import CheckpointError, ConfigError
 from interlace.trainer.models.model import Model
 from interlace.trainer.objectives import Freezes, Objective, objective_of
@@ -154,6 +155,7 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
         model,
         objective,
         state,
+        diagnostics_of(config, state),
     )
     expected = [f"the plan expects trouble: {plan.offload.problem}"] if plan.offload.problem else []
     said = [f"run folder {folder.path}", *folder.notes, *beginning, *notes, *expected]

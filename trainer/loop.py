@@ -45,6 +45,7 @@ def train(config: RunConfig, world: World) -> Outcome:
         for step in run.remaining_steps():
             batch_loss = run.forward_backward(step)
             gradient_norm = run.gradient_norm()
+            run.diagnose(step)
             run.update_or_skip(step, batch_loss, gradient_norm)
             run.validate_if_due()
             run.observe()

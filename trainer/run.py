@@ -6,7 +6,7 @@ in the tensors of `TrainingState`; both are saved and restored as a whole.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,11 +17,12 @@ from interlace.trainer.batches import Batch, StepBatches
 from interlace.trainer.checkpoint.failpoints import failpoint
 from interlace.trainer.checkpoint.state import Progress, TrainingState, save
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.diagnostics import Diagnostic
 from interlace.trainer.errors import NumericsError, SaveError
 from interlace.trainer.evidence import save_evidence
 from interlace.trainer.models.model import Model
 from interlace.trainer.objectives import Loss, Objective
-from interlace.trainer.observe.console import Console
+from interlace.trainer.observe.console import Console, is_logged
 from interlace.trainer.observe.expert_load import describe_loads
 from interlace.trainer.observe.metrics import MetricsWriter, StepRecord
 from interlace.trainer.optimizer import set_learning_rate
@@ -48,6 +49,7 @@ class Parts:
     model: Model
     objective: Objective
     state: TrainingState
+    diagnostics: Sequence[Diagnostic]
 
 
 class StepSums:
@@ -164,6 +166,12 @@ class Run:
     def gradient_norm(self) -> float:
         """Return the global gradient norm over all ranks."""
         return self.parts.state.optimizer.gradient_norm()
+
+    def diagnose(self, step: int) -> None:
+        """Ask the recipe's diagnostics about a step whose line will be printed."""
+        if is_logged(step + 1, self.plan.steps, self.parts.config.observe.log_every_steps):
+            for diagnostic in self.parts.diagnostics:
+                self.notes.details.update(diagnostic.after_backward(step + 1))
 
     def update_or_skip(self, step: int, batch_loss: float, norm: float) -> None:
         """Clip and update; leave a step out whose loss or gradient is not finite, on all ranks

@@ -136,6 +136,14 @@ def rule_is_known(config: RunConfig) -> str | None:
     return None if name in RULES.names() else RULES.unknown(name)
 
 
+def diagnostics_are_known(config: RunConfig) -> str | None:
+    """Every diagnostic is registered."""
+    from interlace.trainer.diagnostics import DIAGNOSTICS
+
+    unknown = [name for name in config.observe.diagnostics if name not in DIAGNOSTICS.names()]
+    return DIAGNOSTICS.unknown(unknown[0]) if unknown else None
+
+
 def pattern_is_known(config: RunConfig) -> str | None:
     """Every letter of the pattern names a registered block."""
     from interlace.trainer.models.depth import layer_patterns
@@ -299,6 +307,7 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     experts_are_weighed,
     objective_is_known,
     rule_is_known,
+    diagnostics_are_known,
     step_holds_whole_rows,
     validation_holds_a_row,
     mixture_has_sources,

@@ -254,6 +254,11 @@ class ObserveSection(Section):
     log_every_steps: PositiveInt = 10
     """Steps between printed lines; `metrics.jsonl` holds every step."""
 
+    diagnostics: list[str] = []
+    """More numbers about the steps whose line is printed: `gradient_norms` (of every block), or a
+    plug-in's.
+    """
+
     trace_steps: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
     """Steps whose updates are traced, such as `10:13` (from 1, the last one not included)."""
 

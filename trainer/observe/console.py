@@ -60,7 +60,7 @@ class Console:
         eta = human_duration(self.seconds_left(record.step))
         if self.progress is not None and self.bar is not None:
             self.progress.update(self.bar, completed=record.step, eta=f"eta {eta}")
-        if record.step % self.log_every_steps == 0 or record.step in (1, self.total_steps):
+        if is_logged(record.step, self.total_steps, self.log_every_steps):
             self.print(self.step_line(record, eta))
         if record.val_loss is not None:
             self.print(self.validation_line(record))
@@ -127,3 +127,8 @@ class Console:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def is_logged(step: int, total_steps: int, log_every_steps: int) -> bool:
+    """Whether the line of a step (from 1) is printed: every so many, the first and the last."""
+    return step % log_every_steps == 0 or step in (1, total_steps)
