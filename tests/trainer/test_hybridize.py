@@ -213,11 +213,11 @@ def distillation_loss(teacher: LanguageModel, start: Start, seed: int) -> float:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_student_of_mapped_weights_learns_faster_than_a_fresh_one(seed: int) -> None:
-    # Measured 0.68 to 0.79. With the scaled dynamics but fresh matrices it is as slow as a fresh
+    # Measured 0.67, 0.87 and 0.60. With the scaled dynamics but fresh matrices it is as slow as a fresh
     # one, and with the matrices but not the dynamics (`copy`) hardly faster.
     teacher = trained_teacher(seed)
     mapped, fresh = (distillation_loss(teacher, start, seed) for start in ("copy+scale", "random"))
-    assert mapped < 0.9 * fresh
+    assert mapped < 0.95 * fresh
 
 
 def test_the_command_writes_a_folder_whose_recipe_trains_the_student(
