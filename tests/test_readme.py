@@ -25,9 +25,20 @@ COMMANDS = [
 ]
 
 
+def named_files(*texts: str) -> dict[str, str]:
+    """Return the blocks that stand for files: those whose first line names one."""
+    pattern = r"^```\w+ (\S+)\n(.*?)^```"
+    found = (re.findall(pattern, text, flags=re.MULTILINE | re.DOTALL) for text in texts)
+    return {name: content for blocks in found for name, content in blocks}
+
+
 @pytest.fixture(scope="module")
 def empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("newcomer")
+    """A folder with nothing in it but the files that the guides show."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    for name, content in named_files(README, *GUIDES).items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return folder
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -67,6 +78,11 @@ def test_recipe_of_the_readme_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(recipe, encoding="utf-8")
     assert load_recipe(str(path)).config.data.source == "corpus/*.jsonl"
+
+
+def test_the_plug_in_of_the_guide_is_the_one_that_is_tested() -> None:
+    shown = named_files(*GUIDES)["token_shift.py"]
+    assert shown == (ROOT / "tests" / "cases" / "token_shift.py").read_text(encoding="utf-8")
 
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:

@@ -108,8 +108,8 @@ WRONG_OVERRIDES = {
     "vocabulary trained here, the end-of-text token included; others bring their own); the "
     "default is data.vocabulary_size=4096",
     "optimizer.rule=adam": "optimizer.rule=adam: there is no such update rule; known: adamw, sgd",
-    "observe.diagnostics=['norms']": "observe.diagnostics=norms: there is no such diagnostic; known: "
-    "gradient_norms",
+    "observe.diagnostics=['norms']": "observe.diagnostics=norms: there is no such diagnostic; "
+    "known: gradient_norms",
     "offload.strategy=auto": "offload.strategy=auto: must be one of 'none', 'host', 'stride' or "
     "'optimal' (All state on the device, all on the host, every k-th subgroup staged, or as the "
     "performance model says); type offload.strategy=none",
