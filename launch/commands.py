@@ -166,7 +166,7 @@ def measured_now() -> "HardwareProfile":
 def bench(arguments: Namespace) -> int:
     """Measure models side by side; the one benchmark there is: long contexts."""
     # Torch's profiler would write a line at every start and stop; it asks when torch is loaded.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from interlace.launch.longctx.command import longctx
 
     return longctx(arguments, progress_line("rounds"))

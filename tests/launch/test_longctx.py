@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from interlace.launch.cli import main
 from interlace.launch.longctx.command import check_numbers, parse_lengths
 from interlace.launch.longctx.comparison import Interval, coverage, interval, lead_of, leads
 from interlace.launch.longctx.contenders import Contender, check_vocabulary, contenders, remarks
@@ -267,7 +268,7 @@ def test_half_precision_is_that_of_the_weights() -> None:
     assert half.model.compute_dtype == torch.bfloat16
 
 
-def test_the_command_shows_a_page_a_picture_and_json(
+def test_the_command_shows_a_page_and_a_picture_of_a_run_beside_a_recipe(
     interlace: Callable[..., Any], tiny: Sequence[str], tmp_path: Path
 ) -> None:
     run, picture = tmp_path / "run", tmp_path / "longctx.png"
@@ -292,10 +293,18 @@ def test_the_command_shows_a_page_a_picture_and_json(
     ):
         assert text in shown.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
-    document = cast(dict[str, Any], json.loads(interlace(*words, "--json").stdout))
-    assert [model["trained"] for model in document["models"]] == [True, False]
-    assert len(document["samples"]) == 4
+
+
+def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "longctx", "quickstart", *SMALL, "--lengths", "8,32", "--decode", "2"]
+    assert main([*words, "--json", "train.steps=3"]) == 0
+    document = cast(dict[str, Any], json.loads(capsys.readouterr().out))
+    assert [model["trained"] for model in document["models"]] == [False]
+    assert [sample["length"] for sample in document["samples"]] == [8, 32]
     assert document["samples"][0]["prefill"]["memory"]["weights"] > 0
-    nobody = interlace("bench", "longctx", "model.width=32")
-    assert nobody.returncode == 2
-    assert nobody.stderr.startswith("interlace: bench longctx needs a recipe (")
+    assert document["leads"] == []
+
+
+def test_nothing_to_measure_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "longctx", "model.width=32"]) == 2
+    assert capsys.readouterr().err.startswith("interlace: bench longctx needs a recipe (")
