@@ -1,4 +1,4 @@
-"""The benchmark of long contexts weighs what there is, compares what compares, and says who leads."""
+"""The benchmark of long contexts weighs what is there, and says who leads only if it is sure."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
