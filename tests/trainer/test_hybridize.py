@@ -213,8 +213,8 @@ def distillation_loss(teacher: LanguageModel, start: Start, seed: int) -> float:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_student_of_mapped_weights_learns_faster_than_a_fresh_one(seed: int) -> None:
-    # Measured 0.67, 0.87 and 0.60. With the scaled dynamics but fresh matrices it is as slow as a fresh
-    # one, and with the matrices but not the dynamics (`copy`) hardly faster.
+    # Measured 0.67, 0.87 and 0.60. Scaled dynamics with fresh matrices are as slow as a fresh one,
+    # and the matrices without the dynamics (`copy`) hardly faster.
     teacher = trained_teacher(seed)
     mapped, fresh = (distillation_loss(teacher, start, seed) for start in ("copy+scale", "random"))
     assert mapped < 0.95 * fresh

@@ -1,5 +1,6 @@
 """A student's losses are those of the paper, its frozen part stays, and its run resumes exactly."""
 
+import gc
 import json
 import signal
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from interlace.launch.cli import main
 from interlace.trainer.config.distill_section import DistillSection
 from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.config.schema import DataSection, RunConfig, TrainSection
+from interlace.trainer.conformance.live_memory import LiveTensors
 from interlace.trainer.model_folder import write_model_folder
 from interlace.trainer.models import cost
 from interlace.trainer.models.context import BlockContext
@@ -240,6 +242,45 @@ def test_a_teacher_that_is_not_there_and_weights_of_zero_are_told(tmp_path: Path
     assert f"distill.teacher={tmp_path / 'gone'}: there is no such folder" in second
 
 
+def trainable(student: Student, train_only: str) -> None:
+    """Freeze what `freeze` would."""
+    for name, parameter in student.named_parameters():
+        new = name.startswith(("layers.0.blocks.0.mixer", "layers.2.blocks.0.mixer"))
+        parameter.requires_grad_(train_only == "all" or new)
+
+
+def alive_bytes(config: RunConfig, rows: int) -> int:
+    student = Student(HYBRID, 257, settings=config.distill)
+    teacher = LanguageModel(TEACHER, 257)
+    for model in (student, teacher):
+        model.initialise(0)
+    teacher.requires_grad_(False)
+    trainable(student, config.distill.train_only)
+    tokens, positions = torch.zeros(rows, 64, dtype=torch.int64), torch.arange(64).expand(rows, -1)
+    with LiveTensors() as tensors:
+        lesson = teach(teacher, tokens, tokens, positions, (0, 2))
+        loss = student(tokens, tokens, segments=tokens, positions=positions, lesson=lesson)
+    gc.collect()
+    alive = tensors.bytes()
+    assert loss.objective.requires_grad
+    return alive
+
+
+@pytest.mark.parametrize(("train_only", "spare"), [("all", 0.0), ("new", 0.11)])
+def test_activations_are_those_that_stay_alive(
+    train_only: str, spare: float, teacher_folder: Path
+) -> None:
+    config = recipe(teacher_folder, train_only=train_only)
+    measured = alive_bytes(config, 3) - alive_bytes(config, 1)
+    forward = cost.ForwardPass(
+        tokens=2 * 64, sequence_length=64, bytes_per_element=4, checkpointing="none"
+    )
+    planned = Distill.activation_bytes(config, 257, forward)
+    kept = planned - 4 * cost.logits_bytes(257, forward)
+    # What frozen blocks do not keep is not taken off.
+    assert kept == pytest.approx((1 + spare) * measured, rel=0.02)
+
+
 @pytest.mark.parametrize("train_only", ["new", "all"])
 def test_costs_are_those_of_both_models(train_only: str, teacher_folder: Path) -> None:
     config = recipe(teacher_folder, train_only=train_only)
@@ -250,9 +291,7 @@ def test_costs_are_those_of_both_models(train_only: str, teacher_folder: Path) -
     for model in (student, teacher):
         model.initialise(0)
     teacher.requires_grad_(False)
-    for name, parameter in student.named_parameters():
-        new = name.startswith(("layers.0.blocks.0.mixer", "layers.2.blocks.0.mixer"))
-        parameter.requires_grad_(train_only == "all" or new)
+    trainable(student, train_only)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     assert Distill.parameter_count(config, 257) == trained
     tokens = torch.zeros(2, 32, dtype=torch.int64)
