@@ -1,4 +1,4 @@
-"""One layer of attention recalls what a state of fixed size cannot hold."""
+"""One layer of attention recalls what a small state does not, after as many steps."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_a_hybrid_recalls_more_than_mamba_2_alone() -> None:
 
     task = Task(keys=16, values=16, pairs=12)
     found: dict[str, float] = {}
-    # The better of 0.004 and 0.01 for each.
+    # Each at the better of the benchmark's two rates.
     for pattern, rate in (("M A", 4e-3), ("M M", 1e-2)):
         training = Training(pattern=pattern, peak_lr=rate, steps=300, state_width=2)
         found[pattern] = learn(task, training, lambda *_: None, every=300).accuracy[-1]
