@@ -8,7 +8,9 @@ from interlace.trainer.config import RunConfig, list_recipes, load_recipe
 from interlace.trainer.config.problems import SYNONYMS, all_settings
 from interlace.trainer.errors import ConfigError
 
-SECTIONS = "run, model, data, train, distill, optimizer, offload, parallel, checkpoint, observe"
+SECTIONS = (
+    "run, model, data, train, distill, energy, optimizer, offload, parallel, checkpoint, observe"
+)
 
 WRONG_OVERRIDES = {
     "train.steps=0": "train.steps=0: must be 1 or more (Optimizer steps of the whole run); "

@@ -172,6 +172,8 @@ def test_from_layers_alone_nothing_else_is_differentiated() -> None:
         if parameter.grad is not None and bool(parameter.grad.any())
     }
     assert touched == {"layers.0", "layers.2"}
+    before = ("embedding", "layers.1")
+    assert all(p.grad is None for name, p in student.named_parameters() if name.startswith(before))
 
 
 def test_layers_that_cannot_be_compared_are_told() -> None:
