@@ -142,9 +142,12 @@ class Student(LanguageModel):
         settings = self.settings
         x, context = self.entrance(tokens, segments, positions)
         both = doubled(context)
+        # Where nothing is learnt from its own stream, nothing need be differentiated there.
+        speaks = bool(settings.logit_weight or settings.likelihood_weight)
         distances: list[torch.Tensor] = []
         routings: list[Routing] = []
         for number, layer in enumerate(self.layers):
+            x = x if speaks else x.detach()
             if number in lesson.layers and settings.hidden_weight:
                 given, wanted = lesson.layers[number]
                 passed, found = layer(torch.cat([x, given]), both)
@@ -152,11 +155,8 @@ class Student(LanguageModel):
                 distances.append(distance_between(answer, wanted, settings.reduction))
             else:
                 x, found = layer(x, context)
-            if not (settings.logit_weight or settings.likelihood_weight):
-                # Nothing is learnt from its own stream, so nothing need be differentiated there.
-                x = x.detach()
             routings += found
-        return self.norm(x), distances, routings
+        return self.norm(x if speaks else x.detach()), distances, routings
 
 
 def doubled(context: BlockContext) -> BlockContext:
