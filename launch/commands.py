@@ -358,7 +358,10 @@ def export(arguments: Namespace) -> int:
         load_saved_model(Path(arguments.run)), Path(arguments.run), Path(folder)
     )
     print(f"wrote {architecture} to {folder}; load it with")
-    print(f"    transformers.AutoModelForCausalLM.from_pretrained({folder!r})")
+    if (Path(folder) / "energy_transformer.py").is_file():
+        print(f"    energy_transformer.EnergyTransformer({folder!r})    (the module lies there)")
+    else:
+        print(f"    transformers.AutoModelForCausalLM.from_pretrained({folder!r})")
     return 0
 
 

@@ -286,6 +286,16 @@ def test_every_seed_starts_somewhere_else_and_the_step_size_where_it_is_set() ->
     assert not starts[0]["step_embed.weight"].any()
 
 
+def test_adaln_leaves_blocks_out_at_first_and_learns_to_use_them() -> None:
+    model = EnergyModel(ModelSection(layers=1), EnergySection(variant="adaln"), VOCABULARY)
+    model.initialise(0)
+    matrices = [each for name, each in model.named_parameters() if name.startswith("modulations")]
+    assert not any(each.any() for each in matrices)
+    rows = rows_of()
+    model(rows["tokens"], rows["targets"], draws_of(model.energy)).objective.backward()
+    assert all(each.grad is not None and each.grad.any() for each in matrices)
+
+
 def test_names_of_weights_are_those_of_a_language_model_and_a_few_of_its_own() -> None:
     energy = EnergySection(variant="adaln")
     names = set(EnergyModel(ModelSection(layers=1), energy, VOCABULARY).state_dict())
