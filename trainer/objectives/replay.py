@@ -13,17 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from interlace.trainer.batches import Batch
-from interlace.trainer.config.energy_section import EnergySection
 from interlace.trainer.models.energy.draws import generator_of
 from interlace.trainer.world import World
-
-
-def replaying_rows(settings: EnergySection, rows: int) -> list[int]:
-    """Return the numbers of those of a step's rows that come with a replayed row, evenly spread."""
-    if not settings.replay_rows:
-        return []
-    share = settings.replay_share
-    return [row for row in range(rows) if int((row + 1) * share) > int(row * share)]
 
 
 @dataclass(frozen=True)

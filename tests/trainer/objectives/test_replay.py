@@ -7,7 +7,8 @@ import torch
 
 from interlace.trainer.batches import Batch
 from interlace.trainer.config.energy_section import EnergySection
-from interlace.trainer.objectives.replay import ReplayBuffer, Shape, replaying_rows
+from interlace.trainer.models.energy.draws import replaying_rows
+from interlace.trainer.objectives.replay import ReplayBuffer, Shape
 from interlace.trainer.world import World
 
 SHAPE = Shape(rows=[1, 3], depth=3, length=2, vocabulary_size=5, documents=False)

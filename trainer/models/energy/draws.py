@@ -80,3 +80,11 @@ class Draws:
 def landscapes_of(settings: EnergySection, last_steps: int) -> list[int]:
     """Return the landscape of every step, the last of them `last_steps` times."""
     return [*range(settings.steps - 1), *[settings.steps - 1] * last_steps]
+
+
+def replaying_rows(settings: EnergySection, rows: int) -> list[int]:
+    """Return the numbers of those of a step's rows that come with a replayed row, evenly spread."""
+    if not settings.replay_rows:
+        return []
+    share = settings.replay_share
+    return [row for row in range(rows) if int((row + 1) * share) > int(row * share)]
