@@ -30,8 +30,9 @@ S1 = (
 )
 S2 = (
     *S1,
-    # These steps are long for weights that have learnt nothing, and magnify every difference.
+    # Published steps are long for weights that have learnt nothing, and magnify every difference.
     "optimizer.peak_lr=1e-6",
+    "energy.step_size=0.5",
     "energy.steps=1",
     "energy.fewest_last_steps=2",
     "energy.most_last_steps=3",
