@@ -96,6 +96,6 @@ def test_every_command_is_in_the_readme() -> None:
     from interlace.launch.cli import build_parser
 
     help_text = build_parser().format_help()
-    commands = re.findall(r"^    (\w+)  +\w", help_text, flags=re.MULTILINE)
-    assert len(commands) == 11
+    commands = re.findall(r"^    (\w+)(?:  +\w|$)", help_text, flags=re.MULTILINE)
+    assert len(commands) == 15
     assert all(f"`interlace {command}" in README for command in commands)
