@@ -34,6 +34,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/ssd.py
 	$(BIN)/python benchmarks/step_ops.py
+	$(BIN)/python benchmarks/recall.py
 
 # Kernels, in nine minutes: each part has the seconds in front of it, and none stops the others.
 # Where the packages are there already:  make gpu GPU_PYTHON=python3
