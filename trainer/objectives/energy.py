@@ -87,10 +87,8 @@ class Energy:
         # A row weighs the same in every micro-batch, whatever number of rows that replays.
         share = self.share if batch.step > 0 else 0.0
         weight = 1 / (fresh * (1 + share))
-        weights = torch.full((fresh + len(rows),), weight, dtype=torch.float64)
-        weights = weights.to(batch.tokens.device)
         draws = self.draws(batch, rows, starts)
-        found = descended(model, tensors, draws, fresh, weights)
+        found = descended(model, tensors, draws, fresh, weight)
         if self.buffer is not None:
             self.buffer.keep(batch, found.logits[:fresh])
         return Loss(found.objective, found.mean_nll, details=found.details)
@@ -157,7 +155,7 @@ def descended(
     tensors: Mapping[str, torch.Tensor | None],
     draws: Draws,
     fresh: int,
-    weights: torch.Tensor | None,
+    weight: float | None,
 ) -> EnergyLoss:
     """Run an energy model over rows, through the hooks of sharding."""
     found: EnergyLoss = model(
@@ -167,7 +165,7 @@ def descended(
         segments=tensors["segments"],
         positions=tensors["positions"],
         fresh=fresh,
-        weights=weights,
+        weight=weight,
     )
     return found
 

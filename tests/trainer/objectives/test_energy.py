@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_on_ranks
 
 from interlace.trainer.batches import Batch
 from interlace.trainer.config import load_recipe
@@ -174,6 +175,43 @@ def test_losses_and_gradients_of_a_step_do_not_depend_on_how_its_rows_are_cut(cu
         found.append([mean, *(weight.grad for weight in model.parameters())])
     # The buffer rounds to fp32.
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
+SHARDED = """
+import torch
+from interlace.trainer.batches import Batch
+from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.objectives.energy import Energy
+from interlace.trainer.parallel import cast_weights, shard
+from interlace.trainer.plan import Plan
+from interlace.trainer.world import World, process_group
+
+config = RunConfig.model_validate(
+    {
+        "train": {"objective": "energy", "tokens_per_step": 64},
+        "model": {"width": 32, "heads": 2, "layers": 1},
+        "data": {"sequence_length": 8, "respect_documents": False},
+        "energy": {"step_size": 5.0},
+    }
+)
+plan = Plan.model_construct(rows_per_step=8, sequence_length=8, vocabulary_size=11)
+tokens = torch.arange(27).reshape(3, 9) % 11
+batch = Batch(tokens[:, :-1], tokens[:, 1:], None, None, 0, range(3))
+with process_group() as world:
+    found = []
+    for many in (World(), world):
+        model = Energy.build(config, 11, torch.bfloat16)
+        cast_weights(model, torch.bfloat16)
+        shard(model, model.units, many, 1, torch.bfloat16)
+        model.initialise(0)
+        found.append(float(Energy(config, plan, many).loss(model, batch).objective.detach()))
+assert found[0] == found[1], found
+"""
+
+
+def test_sharding_does_not_round_what_a_row_weighs(tmp_path: Path) -> None:
+    done = run_on_ranks(SHARDED, tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_replayed_row_goes_on_where_it_ended() -> None:

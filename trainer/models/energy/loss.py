@@ -46,7 +46,7 @@ def descend(
     count: int,
     settings: EnergySection,
     targets: torch.Tensor,
-    weights: torch.Tensor,
+    weight: float,
 ) -> Descent:
     """Take `count` steps from `start` and return the losses.
 
@@ -57,7 +57,7 @@ def descend(
         count: Steps.
         settings: What is detached and trained.
         targets: (B, T) int64.
-        weights: Share of each row in the objective, (B,).
+        weight: Share of every row in the objective.
     """
     logits, losses, steps = start, list[torch.Tensor](), list[Step]()
     last_only = settings.loss_steps == "last"
@@ -74,7 +74,7 @@ def descend(
         steps.append(step._replace(logits=step.energies))
     trained = losses[-1:] if last_only else losses
     return Descent(
-        objective=torch.stack(trained).mean(0) @ weights,
+        objective=weight * torch.stack(trained).mean(0).sum(),
         row_losses=torch.stack(losses).detach(),
         energies=torch.stack([step.energies.mean(-1) for step in steps]),
         gradient_norms=torch.stack([step.gradient_norms.mean(-1) for step in steps]),

@@ -158,7 +158,7 @@ class EnergyModel(Model):
         segments: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         fresh: int | None = None,
-        weights: torch.Tensor | None = None,
+        weight: float | None = None,
     ) -> EnergyLoss:
         """Return the losses of predicting `targets`.
 
@@ -171,20 +171,17 @@ class EnergyModel(Model):
             segments: (B, T) document numbers that attention does not cross, or None.
             positions: (B, T) positions inside the documents; counted from 0 by default.
             fresh: Rows from the first that are reported; the others are replayed. All by default.
-            weights: Share of each row in the objective, (B,); equal ones by default.
+            weight: Share of every row in the objective; by default they add up to one. No tensor,
+                which sharding would round to the compute dtype.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         past = self.observe(tokens, segments, positions)
-        if weights is None:
-            even = torch.full((len(tokens),), 1 / len(tokens), dtype=torch.float64)
-            weights = even.to(tokens.device)
-        found = self.descent(past, draws, targets, weights)
+        weight = 1 / len(tokens) if weight is None else weight
+        found = self.descent(past, draws, targets, weight)
         return self.report(found, len(tokens) if fresh is None else fresh)
 
-    def descent(
-        self, past: Past, draws: Draws, targets: torch.Tensor, weights: torch.Tensor
-    ) -> Descent:
+    def descent(self, past: Past, draws: Draws, targets: torch.Tensor, weight: float) -> Descent:
         """Descend from where the draws say and return all of it; shapes as in `forward`."""
         shape = targets.shape[1], self.embedding.weight.shape[0]
         wide = torch.promote_types(self.compute_dtype, torch.float32)
@@ -201,7 +198,7 @@ class EnergyModel(Model):
             len(draws.landscapes),
             self.energy,
             targets,
-            weights.to(wide),
+            weight,
         )
 
     def report(self, found: Descent, fresh: int) -> EnergyLoss:
