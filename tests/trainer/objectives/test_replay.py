@@ -38,6 +38,11 @@ def test_rows_that_replay_are_evenly_spread(share: float, rows: list[int]) -> No
     assert replaying_rows(EnergySection(replay_share=share), 8) == []
 
 
+@pytest.mark.parametrize("rows", [3, 49, 98, 103])
+def test_a_share_of_one_row_is_one_row(rows: int) -> None:
+    assert replaying_rows(EnergySection(replay_rows=1, replay_share=1 / rows), rows) == [rows - 1]
+
+
 def test_nothing_is_replayed_in_the_first_step_and_in_validation() -> None:
     assert filled(0).replayed(batch_of(0), seed=0)[1] == []
     assert filled(5).replayed(batch_of(-1), seed=0)[1] == []

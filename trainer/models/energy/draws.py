@@ -86,5 +86,6 @@ def replaying_rows(settings: EnergySection, rows: int) -> list[int]:
     """Return the numbers of those of a step's rows that come with a replayed row, evenly spread."""
     if not settings.replay_rows:
         return []
-    share = settings.replay_share
-    return [row for row in range(rows) if int((row + 1) * share) > int(row * share)]
+    # Rounded: 49 times the float nearest to 1/49 is less than one.
+    due = [int(round(row * settings.replay_share, 6)) for row in range(rows + 1)]
+    return [row for row in range(rows) if due[row + 1] > due[row]]
