@@ -300,6 +300,14 @@ def test_the_bias_steps_against_the_load() -> None:
     assert mixture.balance_bias.dtype == torch.float32
 
 
+def test_a_frozen_block_s_bias_stays() -> None:
+    mixture = build(SHAPES["sigmoid with bias"]).requires_grad_(False)
+    assert mixture.balance_bias is not None
+    before = mixture.balance_bias.clone()
+    mixture.balance(torch.arange(6.0))
+    assert torch.equal(mixture.balance_bias, before)
+
+
 def test_there_is_no_bias_unless_it_moves() -> None:
     still = MixtureOfExperts(ModelSection(width=8))
     assert list(still.state_dict()) == [

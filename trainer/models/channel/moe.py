@@ -99,8 +99,10 @@ class MixtureOfExperts(nn.Module):
 
     @torch.no_grad()
     def balance(self, load: torch.Tensor) -> None:
-        """Move the bias against the choices per expert, (E,), of a whole step on all ranks."""
-        if self.balance_bias is not None:
+        """Move the bias against the choices per expert, (E,), of a whole step on all ranks, unless
+        the router is frozen.
+        """
+        if self.balance_bias is not None and self.router.weight.requires_grad:
             load = load.to(self.balance_bias.device, torch.float64)
             self.balance_bias += self.bias_rate * (load.mean() - load).sign().float()
 
