@@ -72,6 +72,12 @@ class Distill:
                 f"train.z_loss={config.train.z_loss}: the distill objective has none; type "
                 "train.z_loss=0"
             )
+        if settings.train_only == "new" and not config.run.start_from:
+            problems.append(
+                "distill.train_only=new: leaves what the teacher has too as it starts, which "
+                "without run.start_from is at random; type run.start_from= and the folder that "
+                "`interlace hybridize` made, or distill.train_only=all"
+            )
         if not (settings.hidden_weight or settings.logit_weight or settings.likelihood_weight):
             problems.append(
                 "distill.hidden_weight=0: and all other weights are 0, so nothing would be learnt; "

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from interlace.launch.cli import main
 from interlace.trainer.config.distill_section import DistillSection
 from interlace.trainer.config.model_section import ModelSection
-from interlace.trainer.config.schema import DataSection, RunConfig, TrainSection
+from interlace.trainer.config.schema import DataSection, RunConfig, RunSection, TrainSection
 from interlace.trainer.conformance.live_memory import LiveTensors
 from interlace.trainer.model_folder import write_model_folder
 from interlace.trainer.models import cost
@@ -200,7 +200,8 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(teacher: Path, **distill: Any) -> RunConfig:
     settings = DistillSection(teacher=str(teacher), **distill)
     data, train = DataSection(sequence_length=32), TrainSection(objective="distill")
-    return RunConfig(model=HYBRID, data=data, train=train, distill=settings)
+    run = RunSection(start_from=str(teacher.parent / "student"))
+    return RunConfig(run=run, model=HYBRID, data=data, train=train, distill=settings)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -222,6 +223,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"model": TEACHER},
         "distill.train_only=new: distill.teacher={} has every layer of this recipe, so nothing "
         "would be trained; type distill.train_only=all",
+    ),
+    "frozen at random": (
+        {"run": RunSection()},
+        "distill.train_only=new: leaves what the teacher has too as it starts, which without "
+        "run.start_from is at random; type run.start_from= and the folder that `interlace "
+        "hybridize` made, or distill.train_only=all",
     ),
     "z-loss": (
         {"train": TrainSection(objective="distill", z_loss=1e-4)},
