@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
@@ -71,6 +72,11 @@ def keep_expensive() -> tuple[AbstractContextManager[object], AbstractContextMan
         kept = operation in operations
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
+    # torch insists on as many calls of an operation as in forward, and the hooks of a unit inside a
+    # layer (`modules_in_fp32`) label more in backward.
+    labels = torch.ops.profiler
+    SAC_IGNORED_OPS.add(labels._record_function_enter_new.default)
+    SAC_IGNORED_OPS.add(labels._record_function_exit._RecordFunction)
     return create_selective_checkpoint_contexts(policy)
 
 

@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interlace.trainer.config.model_section import ModelSection
@@ -127,3 +129,35 @@ def test_layers_are_compiled_as_asked_or_on_a_gpu(
     asked: bool | None, device: str, answer: bool
 ) -> None:
     assert compiles(TrainSection(compile=asked), device) is answer
+
+
+SHARDED = """
+import torch
+from interlace.trainer.config.model_section import ModelSection
+from interlace.trainer.models.language_model import LanguageModel
+from interlace.trainer.parallel import recompute_layers, shard
+from interlace.trainer.world import process_group
+
+tokens = torch.arange(32).view(2, 16)
+shape = ModelSection(
+    width=32, heads=2, pattern="ME AEME", layers=1, ffn_width=64, mamba_head_width=16,
+    mamba_state_width=8, moe_experts=3, moe_bias_rate=0.1,
+)
+with process_group() as world:
+    found = []
+    for mode in ("none", "block", "selective"):
+        model = LanguageModel(shape, 64)
+        recompute_layers(model.units, mode)
+        shard(model, model.units, world, 1, torch.float32)
+        model.initialise(0)
+        for _ in range(2):
+            model(tokens, tokens).objective.backward()
+        found.append([weight.grad.full_tensor() for weight in model.parameters()])
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+"""
+
+
+def test_layers_with_several_parts_in_fp32_are_recomputed_on_two_ranks(tmp_path: Path) -> None:
+    done = run_on_ranks(SHARDED, tmp_path)
+    assert done.returncode == 0, done.stderr
