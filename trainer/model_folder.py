@@ -32,11 +32,15 @@ def claim_new_folder(said: str, folder: Path) -> None:
         folder: The folder.
 
     Raises:
-        ConfigError: It exists and is not empty.
+        ConfigError: It exists and is not empty, or cannot be created.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError([f"{said}: exists and is not an empty folder; name a new one"])
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        said = f"{said}: cannot be created: {error.strerror}; name a folder that can be"
+        raise ConfigError([said]) from error
 
 
 def write_model_folder(

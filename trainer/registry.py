@@ -93,7 +93,9 @@ def load_plugins(files: Iterable[str]) -> None:
     for file in files:
         path = Path(file).expanduser().resolve()
         if not path.is_file():
-            raise ConfigError([f"model.plugins={file}: there is no such file (looked at {path})"])
+            remedy = "if it was moved, say where to, in the recipe or as model.plugins=['PATH']"
+            said = f"model.plugins={file}: there is no such file (looked at {path}); {remedy}"
+            raise ConfigError([said])
         load_plugin(path)
 
 
@@ -109,7 +111,7 @@ def load_plugin(path: Path) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         said = f"{type(error).__name__}: {error}"
         lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -26,8 +26,10 @@ from interlace.trainer.errors import CheckpointError, ConfigError
 FIXED_SECTIONS = ("model", "data")
 FIXED_SETTINGS = ("run.seed", "train.tokens_per_step", "train.objective", "distill.train_only")
 FREE_SETTINGS = ("data.workers", "data.prepared_dir")
-NOTED_SETTINGS = ("model.attention_backend",)
-"""Settings of fixed sections that a continued run may change: kernels agree up to rounding."""
+NOTED_SETTINGS = ("model.attention_backend", "model.plugins")
+"""Settings of fixed sections that a continued run may change: kernels agree up to rounding, and
+files may have been moved.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def open_run_folder(config: RunConfig) -> RunFolder:
     resumes = bool(CheckpointStore(path / "checkpoints").committed_steps())
     notes: tuple[str, ...] = ()
     if resumes:
-        notes = continuation_notes(read_config(path), config, path)
+        notes = continuation_notes(read_config(path, config.model.plugins), config, path)
     path.mkdir(parents=True, exist_ok=True)
     return RunFolder(path, resumes, notes)
 
@@ -129,8 +131,12 @@ def config_text(config: RunConfig) -> str:
     return tomli_w.dumps(tables, multiline_strings=False)
 
 
-def read_config(run: Path) -> RunConfig:
+def read_config(run: Path, plugins: Sequence[str] | None = None) -> RunConfig:
     """Return the recipe of a run folder.
+
+    Args:
+        run: The folder.
+        plugins: Files to load in place of those that it names, which may have been moved.
 
     Raises:
         CheckpointError: The folder is not a run.
@@ -145,7 +151,13 @@ def read_config(run: Path) -> RunConfig:
         ) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    return validate(tables)
+    named = tables.get("model", {}).get("plugins", [])
+    if plugins is None or list(plugins) == named:
+        return validate(tables)
+    tables["model"]["plugins"] = list(plugins)
+    config = validate(tables)
+    was = config.model.model_copy(update={"plugins": named})
+    return config.model_copy(update={"model": was})
 
 
 def write_atomically(path: Path, text: str) -> None:

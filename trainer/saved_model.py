@@ -60,6 +60,11 @@ def saved_config(folder: Path) -> RunConfig:
         return read_recipe(folder)
     if (folder / CONFIG_NAME).is_file():
         return foreign_config(folder)
+    if not (folder / "config.toml").is_file():
+        raise CheckpointError(
+            f"{folder}: holds no model (no config.toml, {RECIPE_NAME} or {CONFIG_NAME} in it); "
+            "give a run folder, a model folder or a folder that transformers wrote"
+        )
     return read_config(folder)
 
 

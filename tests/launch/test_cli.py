@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from interlace.launch.cli import main
+from interlace.trainer.config import list_recipes
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +125,7 @@ def test_a_plan_for_ranks_that_do_not_fit_is_refused(capsys: pytest.CaptureFixtu
         ),
         (
             ["train"],
-            "interlace: train needs a recipe (bpe, fault-drill, gpt-124m, gpt_1b_offload, "
-            "gpt_20b_offload, gpt_7b_offload, quickstart, quickstart_offload, or a TOML file) "
+            f"interlace: train needs a recipe ({', '.join(list_recipes())}, or a TOML file) "
             "or --resume RUN\n",
         ),
         (

@@ -138,6 +138,26 @@ def test_one_file_registers_every_kind_of_part_and_a_recipe_trains_with_all(
     assert sample.stdout.startswith("1 2 ")
 
 
+def test_a_run_goes_on_when_its_plug_in_was_moved(
+    recipe: Path, interlace: Interlace, tiny: Sequence[str], tmp_path: Path
+) -> None:
+    own = ("data.source", "data.prepared_dir")
+    words = [word for word in tiny[1:] if not word.startswith(own)]
+    words += [f"data.prepared_dir={tmp_path}", f"run.dir={tmp_path / 'run'}", "train.steps=4"]
+    done = interlace("train", str(recipe), *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    moved = (tmp_path / "mine.py").rename(tmp_path / "elsewhere.py")
+    resume = ("train", "--resume", str(tmp_path / "run"), "train.steps=6")
+    lost = interlace(*resume, cwd=tmp_path)
+    assert lost.returncode == 2
+    assert "say where to, in the recipe or as model.plugins=['PATH']" in lost.stderr
+    found = interlace(*resume, "model.plugins=['elsewhere.py']", cwd=tmp_path)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert f"model.plugins is now [{moved}], was [{tmp_path / 'mine.py'}]" in found.stdout
+    sample = interlace("sample", str(tmp_path / "run"), "--prompt", "1 2 ", "--tokens", "3")
+    assert sample.returncode == 0, sample.stderr
+
+
 def test_a_kind_of_source_that_nobody_reads_is_named() -> None:
     with pytest.raises(DataError) as caught:
         spec_of(SourceSection(source="counting:100"), "text")

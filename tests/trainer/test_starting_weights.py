@@ -97,7 +97,7 @@ def test_a_folder_that_is_not_there_or_holds_no_model_is_named(tmp_path: Path) -
         start_from(model, config, byte_tokenizer())
     (tmp_path / "empty").mkdir()
     model, config = starting(tmp_path / "empty")
-    with pytest.raises(CheckpointError, match="is not a run folder"):
+    with pytest.raises(CheckpointError, match="holds no model"):
         start_from(model, config, byte_tokenizer())
 
 

@@ -22,15 +22,18 @@ class ForeignSettings:
         self.values = values
         self.problems: list[str] = []
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """Return a whole number; a missing one without a default is a problem, and counts as 1."""
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """Return a whole number; one below `least`, or missing without a default, is a problem and
+        counts as 1.
+        """
         value = self.values.get(key)
         value = default if value is None else value
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
         if isinstance(value, float) and value.is_integer():
-            return int(value)
-        self.problems.append(f"{self.path}: {key}={value}: must be a whole number")
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+            return value
+        wanted = f"must be a whole number, {least} or more"
+        self.problems.append(f"{self.path}: {key}={value}: {wanted}")
         return 1
 
     def number(self, key: str, default: float) -> float:

@@ -180,7 +180,7 @@ def section(settings: ForeignSettings) -> dict[str, object]:
     scale = settings.number("attention_multiplier", 1.0)
     if not math.isclose(scale, 1 / math.sqrt(each), rel_tol=1e-6):
         settings.refuse("attention_multiplier", scale, "scores are divided by the root of the head")
-    experts = settings.integer("num_local_experts", 8)
+    experts = settings.integer("num_local_experts", 8, least=0)
     kinds = layer_kinds(settings, "E" if experts else "F")
     return {
         "pattern": " ".join(kinds),
@@ -229,7 +229,7 @@ def layer_kinds(settings: ForeignSettings, behind: str) -> list[str]:
 
 def feed_forward_section(settings: ForeignSettings, experts: int) -> dict[str, object]:
     """Return the settings of the feed-forward blocks or experts."""
-    shared = settings.integer("shared_intermediate_size", 1024)
+    shared = settings.integer("shared_intermediate_size", 1024, least=0)
     if not experts:
         return {"ffn_width": shared}
     hidden = settings.integer("intermediate_size")

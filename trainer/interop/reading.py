@@ -83,10 +83,17 @@ def read_json(path: Path) -> Mapping[str, object]:
 def end_of_text(folder: Path, settings: ForeignSettings) -> str | None:
     """Return the token that ends a text: by its id in `config.json` or `generation_config.json`,
     or by its name in `tokenizer_config.json`; None where none of them says.
+
+    Raises:
+        CheckpointError: The tokenizer is broken.
     """
     from tokenizers import Tokenizer as Backend
 
-    backend = Backend.from_file(str(folder / TOKENIZER_NAME))
+    path = folder / TOKENIZER_NAME
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises a bare Exception
+        raise CheckpointError(f"{path}: cannot be read as a tokenizer: {error}") from error
     files = [
         read_json(folder / name) if (folder / name).is_file() else {}
         for name in ("generation_config.json", "tokenizer_config.json")
@@ -163,7 +170,9 @@ def read_shards(folder: Path) -> dict[str, torch.Tensor]:
     names = [WEIGHTS_NAME]
     if index.is_file():
         places = read_json(index).get("weight_map")
-        names = sorted({str(place) for place in cast(Mapping[str, object], places or {}).values()})
+        if not isinstance(places, dict) or not places:
+            raise CheckpointError(f"{index}: has no `weight_map` of tensors and their files")
+        names = sorted({str(place) for place in cast(Mapping[str, object], places).values()})
     tensors: dict[str, torch.Tensor] = {}
     for name in names:
         # Only the folder's own files: an index is not to be trusted with paths.

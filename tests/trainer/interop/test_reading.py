@@ -168,3 +168,33 @@ def test_a_hybrid_of_the_default_widths_is_read(tmp_path: Path) -> None:
     model = load_saved_model(exported("hybrid", tmp_path, mamba_d_head="auto")).config.model
     assert isinstance(model, ModelSection)
     assert (model.pattern, model.mamba_head_width) == ("MF AF MF AF", 16)
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "max_position_embeddings", "head_dim"])
+@pytest.mark.parametrize("shape", ["plain", "hybrid"])
+def test_a_size_that_cannot_be_is_named(shape: str, key: str, tmp_path: Path) -> None:
+    folder = exported(shape, tmp_path, **{key: 0})
+    with pytest.raises(ConfigError) as caught:
+        load_saved_model(folder)
+    said = f"{folder / 'config.json'}: {key}=0: must be a whole number, 1 or more"
+    assert said in caught.value.problems
+
+
+def test_a_broken_tokenizer_or_index_is_named(tmp_path: Path) -> None:
+    folder = exported("plain", tmp_path)
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": []}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"index\.json: has no `weight_map`"):
+        load_saved_model(folder)
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
+        load_saved_model(folder)
+
+
+def test_a_folder_without_a_model_is_told_what_would_be_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load_saved_model(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: holds no model (no config.toml, recipe.toml or config.json in it); give a "
+        "run folder, a model folder or a folder that transformers wrote"
+    )

@@ -103,3 +103,14 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
         f"--to hf {target}: exists and is not an empty folder; name a new one"
     )
     assert list(load_file(target / "model.safetensors")) == ["precious"]
+
+
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
+    model = shape_of("plain")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    target = tmp_path / "file" / "inside"
+    with pytest.raises(ConfigError) as caught:
+        export_hf(saved(model, tmp_path / "run"), tmp_path / "run", target)
+    assert str(caught.value) == (
+        f"--to hf {target}: cannot be created: Not a directory; name a folder that can be"
+    )
