@@ -17,7 +17,7 @@ from interlace.trainer.capacity import DeviceMemory, Memory
 from interlace.trainer.communication import Traffic, communication_seconds
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
-from interlace.trainer.models.cost import ForwardPass, idle_parameters
+from interlace.trainer.models.cost import ForwardPass, idle_parameters, parameter_count
 from interlace.trainer.models.depth import layer_patterns
 from interlace.trainer.objectives import Accompanied, objective_of
 from interlace.trainer.placement import Circumstances, OffloadPlan, place, schedules
@@ -151,7 +151,7 @@ def resolve(config: RunConfig, setting: Setting) -> Plan:
         epochs=None if not tokens else total_tokens / tokens,
         vocabulary_size=setting.vocabulary_size,
         parameters=parameters,
-        active_parameters=parameters - idle_parameters(config.model),
+        active_parameters=active_parameters(config, setting, parameters),
         forward_flops_per_token=flops.forward,
         backward_flops_per_token=flops.backward,
         total_flops=total_tokens * (flops.forward + flops.backward),
@@ -163,6 +163,14 @@ def resolve(config: RunConfig, setting: Setting) -> Plan:
         checkpoints=due_times(config.checkpoint.every_steps, train.steps),
         validations=due_times(train.validate_every_steps, train.steps),
     )
+
+
+def active_parameters(config: RunConfig, setting: Setting, trained: int) -> int:
+    """Return the trained parameters that one token meets; all of them where an objective trains a
+    part of the model only, since what is idle may be in the other part.
+    """
+    whole = parameter_count(config.model, setting.vocabulary_size)
+    return trained - idle_parameters(config.model) if trained == whole else trained
 
 
 def check_ranks(config: RunConfig, rows: int, size: int) -> None:

@@ -171,7 +171,7 @@ def judge(energies: torch.Tensor, losses: torch.Tensor, trained_steps: int) -> T
     from scipy.stats import spearmanr
 
     samples, _, positions = losses.shape
-    counts = [2**power for power in range(samples.bit_length()) if 2**power <= samples]
+    counts = [2**power for power in range(samples.bit_length())]
     if counts[-1] != samples:
         counts.append(samples)
     final_energies, final_losses = energies[:, -1], losses[:, -1]

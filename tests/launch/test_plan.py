@@ -9,12 +9,15 @@ import pytest
 
 from interlace.launch.cli import main
 from interlace.launch.offload_table import parse_sweep
+from interlace.launch.plan_table import make_setting
 from interlace.launch.typeset import typeset
 from interlace.offload.hardware import load_profile
 from interlace.offload.timeline import Timeline
-from interlace.trainer.config import list_recipes
+from interlace.trainer.config import list_recipes, load_recipe
 from interlace.trainer.errors import ConfigError
+from interlace.trainer.models.cost import idle_parameters, parameter_count
 from interlace.trainer.observe.units import human_count, human_flops, human_seconds
+from interlace.trainer.plan import active_parameters
 
 PlanOf = Callable[..., Any]
 
@@ -419,3 +422,11 @@ def test_parameters_that_a_token_meets_are_told_where_they_are_fewer(
     assert "4,378,880, 1.9M active for each token" in shown
     dense = interlace("plan", "quickstart", "--hardware", "h200").stdout
     assert "active" not in dense
+
+
+def test_where_a_part_is_trained_all_of_it_counts_as_active() -> None:
+    config = load_recipe("quickstart_moe").config
+    setting = make_setting(config, 1, load_profile("h200"))
+    whole = parameter_count(config.model, setting.vocabulary_size)
+    assert active_parameters(config, setting, whole) == whole - idle_parameters(config.model)
+    assert active_parameters(config, setting, 1000) == 1000
