@@ -400,7 +400,10 @@ def hybridize(arguments: Namespace) -> int:
     config, teacher = saved.config, saved.model
     if not isinstance(teacher, LanguageModel):
         raise ConfigError(
-            [f"{source}: train.objective={config.train.objective} has no attention to replace"]
+            [
+                f"{source}: its train.objective={config.train.objective} has no student that "
+                "distills it; only language models are hybridized"
+            ]
         )
     hybrid = make_hybrid(
         teacher,

@@ -82,6 +82,8 @@ def load_saved_model(folder: Path, device: torch.device | None = None) -> SavedM
         )
     tokenizer = load_tokenizer(folder / TOKENIZER_NAME, config.data.end_of_text)
     weights, step = saved_weights(folder, config, tokenizer)
+    if "embedding.weight" not in weights:
+        raise CheckpointError(f"{folder}: its weights have no embedding.weight, so are no model's")
     with torch.device("meta"):
         # A model may be used where its training's kernels are not.
         shape = config.model.model_copy(update={"attention_backend": "auto"})

@@ -63,6 +63,9 @@ def contenders(
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:
         raise ConfigError([f"{name}: is named twice; name it once" for name in twice])
+    if all(Path(name).is_dir() for name in names) and overrides:
+        reason = "wins over recipes, and only runs are named, which keep their own"
+        raise ConfigError([f"{word}: {reason}; leave it out" for word in overrides])
     saved = {name: load_saved_model(Path(name), device) for name in names if Path(name).is_dir()}
     configs = {
         name: saved[name].config if name in saved else load_recipe(name, overrides).config

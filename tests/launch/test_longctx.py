@@ -235,6 +235,13 @@ def test_a_model_is_named_once_and_precisions_agree(tmp_path: Path) -> None:
     )
 
 
+def test_overrides_that_nothing_heeds_are_refused(tmp_path: Path) -> None:
+    assert refusal(lambda: contenders([str(tmp_path)], ["model.width=32"], None, CPU)) == (
+        "model.width=32: wins over recipes, and only runs are named, which keep their own; leave "
+        "it out"
+    )
+
+
 def test_numbers_that_measure_nothing_are_refused() -> None:
     assert parse_lengths("64, 16,64") == (16, 64)
     for text in ("64;128", "0,2", "", "1e3"):

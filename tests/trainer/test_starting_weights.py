@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from foreign_cases import saved
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.config.schema import DataSection, RunConfig, RunSection
@@ -119,6 +119,12 @@ def test_a_folder_whose_weights_do_not_fit_its_recipe_is_named(folder: Path) -> 
     text = (folder / "recipe.toml").read_text(encoding="utf-8")
     (folder / "recipe.toml").write_text(text.replace("ffn_width = 48", "ffn_width = 64"))
     with pytest.raises(CheckpointError, match="its weights do not fit its recipe"):
+        load_saved_model(folder)
+
+
+def test_a_file_of_other_tensors_is_no_model(folder: Path) -> None:
+    save_file({"other": torch.zeros(2)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"its weights have no embedding\.weight"):
         load_saved_model(folder)
 
 

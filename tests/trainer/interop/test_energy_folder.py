@@ -9,10 +9,12 @@ import pytest
 import torch
 from energy_cases import SETTINGS, SHAPES, VOCABULARY, build
 
+from interlace.launch.cli import main
 from interlace.trainer.config.schema import RunConfig, TrainSection
 from interlace.trainer.data.prepare import TOKENIZER_NAME
 from interlace.trainer.data.tokenizers import byte_tokenizer
 from interlace.trainer.interop.writing import export_hf
+from interlace.trainer.model_folder import write_model_folder
 from interlace.trainer.saved_model import SavedModel
 
 CASES = {
@@ -99,3 +101,18 @@ def test_the_folder_names_every_weight_that_it_holds(tmp_path: Path) -> None:
         parts = ("step_size", "modulations", "query", "gate", "norm", "embedding")
         described = last in readme or any(part in name and part in readme for part in parts)
         assert described, name
+
+
+def test_an_energy_model_is_not_hybridized(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, _ = exported("S1", tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights = saved.model.state_dict()
+    write_model_folder(weights, saved.config, saved.tokenizer, folder, description="one")
+    assert main(["hybridize", str(folder), "--keep-attention", "every=2"]) == 2
+    assert capsys.readouterr().err == (
+        f"interlace: {folder}: its train.objective=energy has no student that distills it; only "
+        "language models are hybridized\n"
+    )
