@@ -53,6 +53,11 @@ def test_a_quickstart_reaches_the_loss_that_the_readme_states(
     run, _ = trained(interlace, tmp_path, name)
     records = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
     assert records[-1]["val_loss"] == pytest.approx(stated_losses()[name], rel=0.02)
+    if name == "quickstart_ebt":
+        first, second = (
+            sum(record[f"loss_step_{step}"] for record in records[-50:]) for step in (1, 2)
+        )
+        assert second < first
 
 
 def test_the_readme_states_the_loss_of_every_quickstart() -> None:

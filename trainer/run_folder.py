@@ -24,7 +24,18 @@ from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import CheckpointError, ConfigError
 
 FIXED_SECTIONS = ("model", "data")
-FIXED_SETTINGS = ("run.seed", "train.tokens_per_step", "train.objective", "distill.train_only")
+FIXED_SETTINGS = (
+    "run.seed",
+    "train.tokens_per_step",
+    "train.objective",
+    "distill.train_only",
+    # These say which weights and rows a checkpoint holds.
+    "energy.steps",
+    "energy.variant",
+    "energy.candidate_table",
+    "energy.learn_step_size",
+    "energy.replay_rows",
+)
 FREE_SETTINGS = ("data.workers", "data.prepared_dir")
 NOTED_SETTINGS = ("model.attention_backend", "model.plugins")
 """Settings of fixed sections that a continued run may change: kernels agree up to rounding, and
