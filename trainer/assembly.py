@@ -49,6 +49,7 @@ from interlace.trainer.run import Parts, Run
 from interlace.trainer.run_folder import (
     RunFolder,
     config_text,
+    keep_plugins,
     open_run_folder,
     write_atomically,
     write_json,
@@ -133,6 +134,7 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
     attempt = world.on_main(folder.store.begin_attempt)
     progress, notes = restore(folder, attempt, state, corpus)
     if world.is_main:
+        notes += keep_plugins(folder.path, config.model.plugins)
         describe(folder.path, config, plan, corpus)
     batches = StepBatches(
         training=training,

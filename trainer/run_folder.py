@@ -171,6 +171,22 @@ def read_config(run: Path, plugins: Sequence[str] | None = None) -> RunConfig:
     return config.model_copy(update={"model": was})
 
 
+def keep_plugins(run: Path, files: Sequence[str]) -> list[str]:
+    """Copy a run's plug-in files into its folder, under `plugins`; return a note for each whose
+    text is not what the run was begun with, of which the first is kept.
+    """
+    notes: list[str] = []
+    for file in map(Path, files):
+        kept = run / "plugins" / file.name
+        text = file.expanduser().read_text(encoding="utf-8")
+        if not kept.is_file():
+            kept.parent.mkdir(exist_ok=True)
+            write_atomically(kept, text)
+        elif kept.read_text(encoding="utf-8") != text:
+            notes.append(f"{file} has changed since this run was begun with what {kept} holds")
+    return notes
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -131,8 +131,15 @@ def test_one_file_registers_every_kind_of_part_and_a_recipe_trains_with_all(
     assert found[3]["squared"] == pytest.approx(found[3]["loss"] ** 2, rel=0.05)
     assert found[-1]["largest_weight"] > 0
     assert found[-1]["gradient_norm.layers.0.blocks.0"] > 0
+    kept = tmp_path / "run" / "plugins" / "mine.py"
+    text = kept.read_text(encoding="utf-8")
+    assert text == (tmp_path / "mine.py").read_text(encoding="utf-8")
+    (tmp_path / "mine.py").write_text(text + "# edited\n", encoding="utf-8")
     again = interlace("train", "--resume", str(tmp_path / "run"), "train.steps=32", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
+    changed = f"{tmp_path / 'mine.py'} has changed since this run was begun with what {kept} holds"
+    assert changed in again.stdout and changed not in done.stdout
+    assert kept.read_text(encoding="utf-8") == text
     sample = interlace("sample", str(tmp_path / "run"), "--prompt", "1 2 ", "--tokens", "3")
     assert sample.returncode == 0, sample.stderr
     assert sample.stdout.startswith("1 2 ")
