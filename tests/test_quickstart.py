@@ -34,11 +34,11 @@ def trained(interlace: Callable[..., Any], folder: Path, *words: str) -> tuple[P
 def test_a_short_quickstart_learns_python_and_shows_a_sample(
     interlace: Callable[..., Any], tmp_path: Path
 ) -> None:
-    words = ("quickstart", "train.steps=120", "train.validation_tokens=16384")
+    words = ("quickstart", "train.steps=60", "train.validation_tokens=16384")
     run, printed = trained(interlace, tmp_path, *words)
     records = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
     # An untrained model needs 8 bits per byte.
-    assert records[-1]["val_bits_per_byte"] < 3.0
+    assert records[-1]["val_bits_per_byte"] < 4.5
     assert "--- sample 1 ---\ndef " in printed
     for name in ("loss.png", "samples.txt", "report.html"):
         assert str(run / name) in printed

@@ -45,13 +45,19 @@ def draw(samples: Sequence[Sample], path: Path) -> None:
     pyplot.close(figure)
 
 
+def short(name: str) -> str:
+    """Return a recipe's name, or the last part of a folder's."""
+    return Path(name).name
+
+
 def draw_times(
     axis: Any, mine: Sequence[Sample], seconds: Callable[[Sample], list[float]], colour: str
 ) -> None:
     """Medians as a line, their intervals as a band."""
     lengths = [each.length for each in mine]
     found = [interval(seconds(each)) for each in mine]
-    axis.plot(lengths, [f.middle for f in found], "o-", color=colour, label=mine[0].name, ms=4)
+    label = short(mine[0].name)
+    axis.plot(lengths, [f.middle for f in found], "o-", color=colour, label=label, ms=4)
     low, high = [f.low for f in found], [f.high for f in found]
     axis.fill_between(lengths, low, high, color=colour, alpha=0.2, linewidth=0)
 
@@ -83,7 +89,7 @@ def logarithmic(axis: Any, lengths: Sequence[int]) -> None:
 def draw_shares(axis: Any, samples: Sequence[Sample], length: int) -> None:
     """Stacked bars at the longest length: prefill and decoding of each model."""
     bars = [
-        (f"{each.name}\n{title}", part.shares)
+        (f"{short(each.name)}\n{title}", part.shares)
         for each in samples
         if each.length == length
         for title, part in (("prefill", each.prefill), ("decoding", each.decode))

@@ -28,12 +28,20 @@ from interlace.trainer.models.registry import (
 CALLS = count(1)
 
 
+# Importing the plug-in has registered it, for the tests of other files too.
+SHIFT = registry.REGISTERED.pop("S")
+registry.SEQUENCE_LETTERS.discard("S")
+
+
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    """Forget what a test registers."""
+    """Know the token shift, and forget it and what a test registers."""
+    registry.REGISTERED["S"] = SHIFT
+    registry.SEQUENCE_LETTERS.add("S")
     yield
-    registry.REGISTERED.pop("X", None)
-    registry.SEQUENCE_LETTERS.discard("X")
+    for letter in ("S", "X"):
+        registry.REGISTERED.pop(letter, None)
+        registry.SEQUENCE_LETTERS.discard(letter)
 
 
 def failures_of(kind: Any, name: str = "broken") -> dict[str, str]:

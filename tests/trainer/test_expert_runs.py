@@ -63,7 +63,7 @@ def test_a_run_that_is_killed_resumed_and_recomputed_is_the_same_run(
     tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
-    victim = {"INTERLACE_FAILPOINT": "step.backward@17:kill"}
+    victim = {"INTERLACE_FAILPOINT": "step.backward@7:kill"}
     recomputed = "train.activation_checkpointing=block"
     done = interlace("train", *tiny, *EXPERTS, recomputed, f"run.dir={run}", environment=victim)
     assert done.returncode < 0
@@ -74,6 +74,7 @@ def test_a_run_that_is_killed_resumed_and_recomputed_is_the_same_run(
         assert torch.equal(one, other)
 
 
+@pytest.mark.long
 def test_two_ranks_are_one_rank(
     straight: Path, interlace: Callable[..., Any], tiny: Sequence[str], tmp_path: Path
 ) -> None:

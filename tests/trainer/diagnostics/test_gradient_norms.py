@@ -37,7 +37,13 @@ def test_norms_of_blocks_make_up_the_norm_of_every_logged_step(
             assert min(norms(record).values()) > 0
 
 
-@pytest.mark.parametrize("words", [(), ("parallel.replicas=2",)], ids=["sharded", "replicated"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param((), id="sharded"),
+        pytest.param(("parallel.replicas=2",), id="replicated", marks=pytest.mark.long),
+    ],
+)
 def test_norms_do_not_depend_on_the_number_of_ranks(
     words: tuple[str, ...], interlace: Interlace, tiny: Sequence[str], tmp_path: Path
 ) -> None:
