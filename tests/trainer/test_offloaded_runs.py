@@ -107,6 +107,7 @@ def test_bf16_weights_with_every_form_of_state(
     assert losses_of(run) == losses_of(resident(2, *settings))
 
 
+@pytest.mark.long
 def test_a_checkpoint_goes_on_under_another_strategy_and_another_number_of_ranks(
     interlace: Interlace,
     tiny: Sequence[str],

@@ -41,6 +41,7 @@ def test_two_ranks_then_one_then_four_go_on_as_one_straight_run(
     torch.testing.assert_close(loss_values(moved), loss_values(straight), rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("replicas", [2])
 def test_replicated_groups_write_each_slice_once_and_learn_the_same(
     replicas: int, interlace: Callable[..., Any], tiny: Sequence[str], tmp_path: Path

@@ -128,6 +128,7 @@ def test_a_file_of_other_tensors_is_no_model(folder: Path) -> None:
         load_saved_model(folder)
 
 
+@pytest.mark.long
 def test_runs_start_from_runs_and_foreign_folders_on_any_number_of_ranks(
     interlace: Callable[..., Any],
     tiny: Sequence[str],

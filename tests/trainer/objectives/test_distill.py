@@ -361,6 +361,7 @@ def test_a_killed_run_ends_as_it_would_have_and_only_new_layers_have_changed(
     assert all(torch.equal(after[name], again[name]) for name in after)
 
 
+@pytest.mark.long
 def test_two_ranks_learn_what_one_does_and_another_teacher_is_noticed(
     interlace: Callable[..., Any],
     corpus: tuple[str, str],
