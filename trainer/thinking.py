@@ -104,10 +104,7 @@ def think(saved: SavedModel, settings: Thinking, progress: Callable[[int, int], 
         last = min(first + ROWS_AT_ONCE, count)
         whole = torch.from_numpy(rows.batch(first, last))
         end = corpus.index.end_of_text if saved.config.data.respect_documents else None
-        found = [
-            descents(model, whole, end, settings, sample, range(first, last))
-            for sample in range(settings.samples)
-        ]
+        found = descents(model, whole, end, settings, range(first, last))
         energies.append(torch.stack([each[0] for each in found]))
         losses.append(torch.stack([each[1] for each in found]))
         progress(last, count)
@@ -125,13 +122,12 @@ def descents(
     whole: torch.Tensor,
     end_of_text: int | None,
     settings: Thinking,
-    sample: int,
     numbers: range,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Descend once at every position of rows (B, T + 1).
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Descend at every position of rows (B, T + 1), once for each sample.
 
     Returns:
-        Energy and loss of every candidate after each step, (steps, B T) each.
+        For each sample, energy and loss of every candidate after each step, (steps, B T) each.
     """
     device = model.embedding.weight.device
     tokens, targets = whole[:, :-1].to(device), whole[:, 1:].to(device)
@@ -143,9 +139,11 @@ def descents(
     past = model.observe(tokens, segments, positions)
     last = model.energy.steps - 1
     landscapes = [min(number, last) for number in range(settings.steps)]
-    keys = [f"{settings.seed}/think {sample}/row {number}" for number in numbers]
-    draws = Draws(model.energy, keys, landscapes, device)
-    return trace(model, past, draws, targets)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for sample in range(settings.samples):
+        keys = [f"{settings.seed}/think {sample}/row {number}" for number in numbers]
+        found.append(trace(model, past, Draws(model.energy, keys, landscapes, device), targets))
+    return found
 
 
 def trace(

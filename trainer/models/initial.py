@@ -2,6 +2,7 @@
 one.
 """
 
+import hashlib
 import math
 
 import torch
@@ -10,6 +11,12 @@ from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.models.depth import layer_patterns
 
 EMBEDDING_DEVIATION = 0.02
+
+
+def generator_of(key: str, device: torch.device) -> torch.Generator:
+    """Return a generator whose numbers are a function of the key."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def embedding_value(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

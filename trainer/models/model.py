@@ -4,7 +4,6 @@ Initial values depend on the seed and the parameter's name only, so every number
 from the same weights.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -17,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.models.context import LayerCache
 from interlace.trainer.models.depth import layer_patterns
-from interlace.trainer.models.initial import embedding_value
+from interlace.trainer.models.initial import embedding_value, generator_of
 from interlace.trainer.models.registry import mixer_class
 
 MIXER_PARAMETER = re.compile(r"layers\.(?P<layer>\d+)\.blocks\.(?P<block>\d+)\.mixer\.(?P<rest>.+)")
@@ -88,8 +87,7 @@ def initial_value(
     It is a function of the seed, the parameter's name and its shape only. Norm gains are 1,
     embedding and head normal with deviation 0.02; mixers say how their own parameters start.
     """
-    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    generator = generator_of(f"{seed}/{name}", torch.device("cpu"))
     inside = MIXER_PARAMETER.fullmatch(name)
     if inside is not None:
         letter = layer_patterns(config)[int(inside["layer"])][int(inside["block"])]

@@ -20,8 +20,9 @@ from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.models.cost import ForwardPass
 from interlace.trainer.models.depth import layer_patterns
 from interlace.trainer.models.energy import cost
-from interlace.trainer.models.energy.draws import Draws, generator_of, landscapes_of, replaying_rows
+from interlace.trainer.models.energy.draws import Draws, landscapes_of, replaying_rows
 from interlace.trainer.models.energy.model import EnergyLoss, EnergyModel
+from interlace.trainer.models.initial import generator_of
 from interlace.trainer.models.model import Model
 from interlace.trainer.models.registry import Flops, registered_letters
 from interlace.trainer.objectives import Loss, objective

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from interlace.trainer.batches import Batch
-from interlace.trainer.models.energy.draws import generator_of
+from interlace.trainer.models.initial import generator_of
 from interlace.trainer.world import World
 
 

@@ -4,20 +4,13 @@ The key says which row of which step it is, so what is drawn does not depend on 
 over ranks and passes, nor on what was drawn before: a run that is resumed draws the same.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from interlace.trainer.config.energy_section import EnergySection
-
-
-def generator_of(key: str, device: torch.device) -> torch.Generator:
-    """Return a generator whose numbers are a function of the key."""
-    digest = hashlib.sha256(key.encode()).digest()
-    seed = int.from_bytes(digest[:8], "little") >> 1
-    return torch.Generator(device).manual_seed(seed)
+from interlace.trainer.models.initial import generator_of
 
 
 @dataclass(frozen=True)

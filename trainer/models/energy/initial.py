@@ -3,8 +3,7 @@
 import torch
 
 from interlace.trainer.config.energy_section import EnergySection
-from interlace.trainer.models.energy.draws import generator_of
-from interlace.trainer.models.initial import embedding_value, matrix_value
+from interlace.trainer.models.initial import embedding_value, generator_of, matrix_value
 
 
 def initial_value(
