@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from interlace.trainer.config.clip_section import CoordinateClipSection
 from interlace.trainer.config.distill_section import DistillSection
 from interlace.trainer.config.energy_section import EnergySection
 from interlace.trainer.config.model_section import ModelSection
+from interlace.trainer.config.mup_section import MupSection
 from interlace.trainer.config.section import Fraction, NonNegativeInt, PositiveInt, Section
 
 
@@ -144,15 +146,20 @@ class OptimizerSection(Section):
     """How parameters are updated."""
 
     rule: str = "adamw"
-    """Update rule: `adamw` (Loshchilov and Hutter 2019), `sgd` with momentum `beta1`, whose decay
-    is part of the gradient, or a plug-in's.
+    """Update rule: `adamw` (Loshchilov and Hutter 2019), `sgd` (whose decay is part of the
+    gradient), `clipped_sgd` (see `coordinate_clip`), `signum`, or a plug-in's.
     """
 
     peak_lr: Annotated[float, Field(gt=0.0)] = 3e-3
-    """Learning rate after warm-up."""
+    """Learning rate after warm-up; under muP, at the base width."""
 
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment: the momentum of rules that have one; with 0 `clipped_sgd` keeps no
+    state at all.
+    """
+
+    nesterov: bool = False
+    """Let `sgd` and `clipped_sgd` look ahead along the momentum."""
 
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     """Decay of the second moment."""
@@ -295,6 +302,12 @@ class RunConfig(Section):
 
     optimizer: OptimizerSection = OptimizerSection()
     """How parameters are updated."""
+
+    coordinate_clip: CoordinateClipSection = CoordinateClipSection()
+    """How single coordinates of a direction are clipped."""
+
+    mup: MupSection = MupSection()
+    """How everything follows the width of the model."""
 
     offload: OffloadSection = OffloadSection()
     """Where optimizer state lives and who updates it."""
