@@ -23,6 +23,7 @@ from interlace.offload.executor import Executor, Work
 from interlace.offload.forward import wait_around_state_dicts, wait_in_forward
 from interlace.offload.gradients import Gradients, all_finite, global_norm
 from interlace.offload.hardware import HardwareProfile
+from interlace.offload.homes import Homes
 from interlace.offload.lanes import Lanes
 from interlace.offload.memory import HostSlabs
 from interlace.offload.monitor import Monitor
@@ -36,7 +37,7 @@ from interlace.offload.options import (
     listed,
     streams_gradients,
 )
-from interlace.offload.ownership import claim, end, end_later, release, weakly
+from interlace.offload.ownership import end, end_later, release, weakly
 from interlace.offload.persistence import checked, load_state
 from interlace.offload.placement import Placement
 from interlace.offload.report import UpdateReport
@@ -135,6 +136,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._gradients = Gradients(lanes, host, weakly(self._gradient_came))
         self._executor = Executor(lanes, options.staging_slots)
         super().__init__(groups, dict(self.rule.hyperparameters()))
+        parts = (self._roster, self.placement, self.monitor, self._executor)
+        self._homes = Homes(*parts, self.state, weakly(self.synchronize))
         self._adopt()
         self._constructed = True
 
@@ -160,27 +163,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             raise
 
     def _adopt(self, frozen: Collection[torch.Tensor] = ()) -> None:
-        """Choose homes for all parameters, those without state included, before anything is
-        allocated. Frozen ones get no state but for those named.
-        """
-        roster = self._roster
-        fresh = roster.newcomers(self.param_groups, frozen)
-        shapes = [subgroup.shape for subgroup in roster.with_newcomers(fresh)]
-        homes = self.placement.choose(shapes, roster.shapes, self.homes)
-        parameters = [m.parameter for subgroup in fresh for m in subgroup.members]
-        claim(parameters, self)
-        try:
-            roster.enter(fresh, homes)
-        except BaseException:
-            release(parameters, self)
-            raise
-        self.monitor.homes_changed()
-        for parameter in parameters:
+        """Give state to all parameters without any; frozen ones get none but for those named."""
+        for parameter in self._homes.admit(self.param_groups, self, frozen):
             streams = streams_gradients(self.options.stream_gradients, parameter)
             if streams and parameter.requires_grad:
                 hook = weakly(self._take)
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
-        self.rehome(homes)
 
     def rehome(self, homes: Sequence[Home]) -> None:
         """Move subgroups to other homes, between steps; numbers do not change.
@@ -192,36 +180,19 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             LaneError: The update under way failed.
             MemoryShortage: The system refuses the memory.
         """
-        self.synchronize()
-        pairs = list(zip(self.subgroups, homes, strict=True))
-        # What leaves the device goes first, and slots take their size before residents come.
-        self._move((subgroup, home) for subgroup, home in pairs if home is not Home.RESIDENT)
-        self._executor.make_slots(self.subgroups)
-        self._move((subgroup, home) for subgroup, home in pairs if home is Home.RESIDENT)
-
-    def _move(self, pairs: Iterable[tuple[SubgroupState, Home]]) -> None:
-        """Move subgroups, one after another; `state` lets go of each one's old memory at once."""
-        for subgroup, home in pairs:
-            subgroup.move(home)
-            for member in subgroup.members:
-                self.state[member.parameter] = dict(subgroup.state_of(member))
+        self._homes.move_to(homes)
 
     def finish_report(self) -> UpdateReport | None:
         """Wait for the update under way and return its report, or the newest one there is. When
         updates have been off their prediction for a while, homes are chosen anew here.
         """
         self.synchronize()
-        if self.monitor.finish(self.schedule, self.homes):
-            homes = self.placement.reconsider(self._roster.shapes, self.homes, self.monitor)
-            self.monitor.moved(self.homes, homes)
-            self.rehome(homes)
+        self._homes.reconsider()
         return self.monitor.last
 
     def give_back(self, device_bytes: int) -> None:
         """Free device memory, between steps, by moving state off the device."""
-        homes = self.placement.give_back(self._roster.shapes, self.homes, device_bytes)
-        self.monitor.homes_changed()
-        self.rehome(homes)
+        self._homes.give_back(device_bytes)
 
     @property
     def subgroups(self) -> Sequence[SubgroupState]:
@@ -236,7 +207,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     @property
     def homes(self) -> tuple[Home, ...]:
         """The home of every subgroup, in the order of updates."""
-        return tuple(subgroup.home for subgroup in self.subgroups)
+        return self._homes.present
 
     # ---- gradients --------------------------------------------------------------------------
 
@@ -259,9 +230,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             return
         self._step.begun = True
         self.finish_report()
-        if self.monitor.device_is_short():
-            # Of what it holds there, a quarter at a time.
-            self.give_back(self.placement.held(self._roster.shapes, self.homes).device_bytes // 4)
+        self._homes.relieve()
         self.monitor.begin()
 
     def _gradient_came(self, subgroup: SubgroupState) -> None:
