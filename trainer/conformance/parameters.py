@@ -47,14 +47,15 @@ def roles(subject: Subject) -> Outcome:
     wrong += [
         f"{name} is {declared[name]} but no matrix"
         for name, dimensions in shapes.items()
-        if dimensions < 2 and declared.get(name) in {"hidden", "readout"}
+        if dimensions < 2 and declared.get(name, "vector") != "vector"
     ]
     return judged(
         not wrong,
         "; ".join(wrong) or f"{len(shapes)} parameters",
         "one role each",
         "roles(config) names exactly the parameters that the module has at this config: `hidden` "
-        "for a matrix between widths, `readout` from the width to a fixed number, else `vector`",
+        "for a matrix between widths, `residual` for one that writes into the residual stream, "
+        "`readout` from the width to a fixed number, else `vector`",
     )
 
 

@@ -48,19 +48,28 @@ class LanguageLoss(NamedTuple):
 
 
 class Block(nn.Module):
-    """`x + mixer(norm(x))`."""
+    """`x + multiplier * mixer(norm(x))`.
+
+    Attributes:
+        multiplier: 1, unless muP follows the depth.
+    """
 
     def __init__(self, letter: str, config: ModelSection) -> None:
         super().__init__()
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         self.mixer = mixer_class(letter)(config)
+        self.multiplier = 1.0
 
     def forward(self, x: torch.Tensor, context: BlockContext) -> tuple[torch.Tensor, Routed | None]:
         """Map (B, T, D) to (B, T, D); also return what a block with experts reports."""
         mixed = self.mixer.forward(self.norm(x), context)
         if isinstance(mixed, Routed):
-            return x + mixed.output, mixed
-        return x + mixed, None
+            return x + self.scaled(mixed.output), mixed
+        return x + self.scaled(mixed), None
+
+    def scaled(self, mixed: torch.Tensor) -> torch.Tensor:
+        """Return what the mixer adds to the residual stream."""
+        return mixed if self.multiplier == 1.0 else mixed * self.multiplier
 
 
 class Layer(nn.Module):

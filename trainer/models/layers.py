@@ -23,13 +23,20 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the last dimension, computed in fp32, with a gain."""
+    """Root mean square norm over the last dimension, computed in fp32, with a gain.
+
+    Attributes:
+        multiplier: Factor on the gain. Before output matrices it follows the width under muP, so
+            that their weights need not: it is what divides the logits.
+    """
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.epsilon = epsilon
+        self.multiplier = 1.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise (..., D)."""
-        return rms_norm(x, self.weight, self.epsilon)
+        gain = self.weight if self.multiplier == 1.0 else self.weight * self.multiplier
+        return rms_norm(x, gain, self.epsilon)

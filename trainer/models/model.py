@@ -5,8 +5,8 @@ from the same weights.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -17,10 +17,14 @@ from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.models.context import LayerCache
 from interlace.trainer.models.depth import layer_patterns
 from interlace.trainer.models.initial import embedding_value, generator_of
+from interlace.trainer.models.layers import RMSNorm
 from interlace.trainer.models.registry import mixer_class
 
 MIXER_PARAMETER = re.compile(r"layers\.(?P<layer>\d+)\.blocks\.(?P<block>\d+)\.mixer\.(?P<rest>.+)")
 
+
+Rescale = Callable[[str, torch.Tensor], torch.Tensor]
+"""Maps name and initial value of a parameter or buffer, fp32 on the CPU, to the value to use."""
 
 Caches = Sequence[Sequence[LayerCache | None]]
 """Decoding state of a stack: one entry per layer and block."""
@@ -39,6 +43,12 @@ class Model(nn.Module):
     config: ModelSection
     compute_dtype: torch.dtype
     embedding: nn.Embedding
+    norm: RMSNorm
+
+    readouts: ClassVar[Mapping[str, Literal["constant", "fan_in"]]] = {"head.weight": "constant"}
+    """Output matrices outside the blocks, behind `norm`, and whether the spread they start with is
+    constant or falls with the root of the width.
+    """
 
     @property
     def units(self) -> list[nn.Module]:
@@ -67,12 +77,13 @@ class Model(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def initialise(self, seed: int, rescale: Rescale | None = None) -> None:
         """Fill all parameters, also sharded ones, and buffers with their initial values for
-        `seed`.
+        `seed`, rescaled as muP has it.
         """
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            fill(tensor, self.initial_value(name, tuple(tensor.shape), seed))
+            value = self.initial_value(name, tuple(tensor.shape), seed)
+            fill(tensor, value if rescale is None else rescale(name, value))
 
     def initial_value(self, name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
         """Return the whole initial value of one parameter or buffer, fp32 on the CPU."""

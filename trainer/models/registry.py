@@ -10,7 +10,7 @@ mixers are named here and imported when one is built.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -58,11 +58,15 @@ class SavedElements:
     products_wide: int = 0
 
 
-Role = Literal["hidden", "readout", "vector"]
-"""How a parameter scales with the width (Yang et al. 2022, arXiv 2203.03466, table 8): a matrix
-between widths, a matrix from the width to a fixed number of outputs, or anything with at most one
-side that grows.
+Role = Literal["hidden", "residual", "readout", "vector"]
+"""What a parameter is for (Yang et al. 2022, arXiv 2203.03466, table 8): a matrix between widths,
+such a matrix that writes into the residual stream, a matrix from the width to a fixed number of
+outputs, or anything with at most one side that grows. Which sides do, `interlace.trainer.mup` sees
+in the shapes themselves.
 """
+
+RowBlocks = Sequence[tuple[str, int]]
+"""Names and numbers of rows of the parts that one fused tensor is made of, from the first row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +138,17 @@ class Mixer(Protocol):
     @classmethod
     def cache_bytes(cls, config: ModelSection, length: int, element_bytes: int) -> int:
         """Return what decoding keeps of one sequence of `length` positions, in bytes."""
+        ...
+
+
+@runtime_checkable
+class Fused(Protocol):
+    """A mixer class with tensors whose rows are several things side by side, which scale each in
+    its own way.
+    """
+
+    def row_blocks(self, config: ModelSection) -> Mapping[str, RowBlocks]:
+        """Return the parts of each such tensor, by its name inside the mixer."""
         ...
 
 

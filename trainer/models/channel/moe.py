@@ -133,10 +133,10 @@ class MixtureOfExperts(nn.Module):
     def roles(cls, config: ModelSection) -> Mapping[str, Role]:
         """Matrices between widths; the router has a fixed number of outputs."""
         roles: dict[str, Role] = {"router.weight": "readout"}
-        for name in ("gate", "up", "down"):
-            roles[f"experts.{name}"] = "hidden"
+        for name, role in SwiGLU.roles(config).items():
+            roles[f"experts.{name.removesuffix('.weight')}"] = role
             if config.moe_shared_experts:
-                roles[f"shared.{name}.weight"] = "hidden"
+                roles[f"shared.{name}"] = role
         return roles
 
     @classmethod
@@ -186,15 +186,20 @@ class MixtureOfExperts(nn.Module):
 
 
 class Router(Linear):
-    """Logits in fp32 at least, whatever the precision of its input."""
+    """Logits in fp32 at least, whatever the precision of its input.
+
+    Attributes:
+        multiplier: Factor on the logits, which follows the width under muP.
+    """
 
     keeps_fp32 = True
+    multiplier: float = 1.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, D) to (N, E)."""
         logits = WideProduct.apply(x, self.weight)
         assert isinstance(logits, torch.Tensor)
-        return logits
+        return logits if self.multiplier == 1.0 else logits * self.multiplier
 
 
 class WideProduct(torch.autograd.Function):

@@ -52,7 +52,7 @@ class SwiGLU(nn.Module):
     @classmethod
     def roles(cls, config: ModelSection) -> Mapping[str, Role]:
         """Three matrices between widths."""
-        return {"gate.weight": "hidden", "up.weight": "hidden", "down.weight": "hidden"}
+        return {"gate.weight": "hidden", "up.weight": "hidden", "down.weight": "residual"}
 
     @classmethod
     def parameter_count(cls, config: ModelSection) -> int:

@@ -10,7 +10,6 @@ one; the candidate's own score joins by the log-sum-exp,
 which is the softmax over both, without a copy of anything.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -59,6 +58,7 @@ def attend(
     seen, lse = attention(
         q,
         *observed,
+        scale=mixer.score_scale,
         segment_ids=place.segments,
         return_lse=True,
         order=order,
@@ -66,7 +66,7 @@ def attend(
     )
     # Query heads by the key head that serves them, (B, G, H / G, T, K).
     grouped, alone = q.unflatten(1, (k.shape[1], -1)).to(lse.dtype), k.unsqueeze(2).to(lse.dtype)
-    score = (grouped * alone).sum(-1).flatten(1, 2) / math.sqrt(q.shape[-1])
+    score = (grouped * alone).sum(-1).flatten(1, 2) * mixer.score_scale
     share = torch.sigmoid(score - lse).unsqueeze(-1)
     values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     mixed = (seen + share * (values - seen)).to(q.dtype)
@@ -100,6 +100,7 @@ def candidate_layer(
             mixed = attend(block.mixer, normed, next(seen), place, order)
         else:
             mixed = cast(torch.Tensor, block.mixer.forward(normed, nothing))
+        mixed = block.scaled(mixed)
         x = x + (mixed if modulation is None else modulation.gate * mixed)
     return x
 

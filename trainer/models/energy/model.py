@@ -11,6 +11,7 @@ about 60 % of the matrix products.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -120,6 +121,7 @@ class EnergyModel(Model):
     """
 
     step_size: torch.Tensor
+    readouts = MappingProxyType({"energy_head.weight": "fan_in"})
 
     def __init__(
         self,

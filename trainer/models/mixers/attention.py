@@ -4,6 +4,7 @@ References: grouped queries, Ainslie et al. 2023 (arXiv 2305.13245); query/key n
 2020 (arXiv 2010.04245); rotary positions, Su et al. 2021 (arXiv 2104.09864).
 """
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -29,6 +30,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width = head_width(config)
         self.backend = config.attention_backend
+        self.score_scale = 1.0 / math.sqrt(self.head_width)
         wide, narrow = config.heads * self.head_width, kv_heads(config) * self.head_width
         self.query = Linear(config.width, wide)
         self.key = Linear(config.width, narrow)
@@ -47,7 +49,13 @@ class Attention(nn.Module):
             )
             k, v = context.cache.append(k, v)
         mixed = attention(
-            q, k, v, segment_ids=context.segments, order=context.order, backend=self.backend
+            q,
+            k,
+            v,
+            scale=self.score_scale,
+            segment_ids=context.segments,
+            order=context.order,
+            backend=self.backend,
         )
         return self.output(mixed.transpose(1, 2).flatten(2))
 
@@ -95,8 +103,8 @@ class Attention(nn.Module):
     @classmethod
     def roles(cls, config: ModelSection) -> Mapping[str, Role]:
         """Four matrices between widths; the norms' gains."""
-        names = ("query", "key", "value", "output")
-        roles: dict[str, Role] = {f"{name}.weight": "hidden" for name in names}
+        roles: dict[str, Role] = {f"{name}.weight": "hidden" for name in ("query", "key", "value")}
+        roles["output.weight"] = "residual"
         if config.query_key_norm:
             roles |= {"query_norm.weight": "vector", "key_norm.weight": "vector"}
         return roles

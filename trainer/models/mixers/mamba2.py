@@ -31,7 +31,14 @@ from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.models.context import BlockContext, MambaCache
 from interlace.trainer.models.initial import matrix_value, residual_matrix_value
 from interlace.trainer.models.layers import Linear
-from interlace.trainer.models.registry import Flops, Role, SavedElements, Traits, sequence_mixer
+from interlace.trainer.models.registry import (
+    Flops,
+    Role,
+    RowBlocks,
+    SavedElements,
+    Traits,
+    sequence_mixer,
+)
 from interlace.trainer.models.shapes import (
     mamba_conv_channels,
     mamba_heads,
@@ -222,7 +229,19 @@ class Mamba2(nn.Module):
             "dynamics.dt_bias": "vector",
             "dynamics.D": "vector",
             "norm.weight": "vector",
-            "out_proj.weight": "hidden",
+            "out_proj.weight": "residual",
+        }
+
+    @classmethod
+    def row_blocks(cls, config: ModelSection) -> Mapping[str, RowBlocks]:
+        """B and C have a fixed number of rows, which all heads share, beside z, x and the steps."""
+        inner = mamba_inner_width(config)
+        keys = config.mamba_groups * config.mamba_state_width
+        convolved = [("x", inner), ("B", keys), ("C", keys)]
+        return {
+            "in_proj.weight": [("z", inner), *convolved, ("dt", mamba_heads(config))],
+            "conv.weight": convolved,
+            "conv.bias": convolved,
         }
 
     @classmethod
