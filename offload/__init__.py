@@ -8,7 +8,7 @@ if __name__ != "interlace.offload":
         "projects"
     )
 
-from interlace.kernels.update import SGD, AdamW, UpdateRule
+from interlace.kernels.update import SGD, AdamW, CoordinateClip, Signum, UpdateRule, clipped_sgd
 from interlace.offload.hardware import HardwareProfile, load_profile
 from interlace.offload.optimizer import NonFiniteGradient, OffloadedOptimizer
 from interlace.offload.options import OffloadOptions
@@ -17,6 +17,7 @@ from interlace.offload.schedule import Home, MemoryBudget, MemoryShortage
 __all__ = [
     "SGD",
     "AdamW",
+    "CoordinateClip",
     "HardwareProfile",
     "Home",
     "MemoryBudget",
@@ -24,6 +25,8 @@ __all__ = [
     "NonFiniteGradient",
     "OffloadOptions",
     "OffloadedOptimizer",
+    "Signum",
     "UpdateRule",
+    "clipped_sgd",
     "load_profile",
 ]

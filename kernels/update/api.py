@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from interlace.kernels.triton_language import require_triton
+from interlace.kernels.update.clip import limits_of
+from interlace.kernels.update.limit import Count
 from interlace.kernels.update.plain import has_kernels, update_plain
 from interlace.kernels.update.rules import UpdateRule
 from interlace.kernels.update.slab import Slab, Step, rounding_keys
@@ -31,57 +33,69 @@ SQUARED_AT_ONCE = 2**24
 
 def update(
     rule: UpdateRule, slab: Slab, step: Step, *, start: int = 0, stop: int | None = None
-) -> None:
+) -> Count:
     """Update elements `start` to `stop` of a slab in place.
+
+    Returns:
+        How many coordinates a `CoordinateClip` cut: those beyond the threshold, and those of the
+        gradient that are not finite; 0 for other rules. An int, or of a slab on a GPU a 0-d int64
+        tensor there.
 
     Raises:
         TypeError: A tensor has a dtype that the rule's kernels do not take.
-        ValueError: Tensors differ in length or device, or the number of moments is wrong.
+        ValueError: Tensors differ in length or device, the number of moments is wrong, or a value
+            of `step.hyper` is outside its range.
     """
     check(rule, slab)
     stop = slab.gradient.numel() if stop is None else stop
     if start >= stop:
-        return
+        return 0
     whole = (start, stop) == (0, slab.gradient.numel())
     part = slab if whole else cut(slab, start, stop)
     if slab.master.dtype is torch.float64 or not has_kernels(rule):
-        update_plain(rule, part, step, step.first_element + start)
-    elif slab.master.device.type == "cpu":
-        update_on_cpu(rule, part, step, step.first_element + start)
-    else:
-        gpu_kernels().update_on_gpu(rule, part, step, step.first_element + start)
+        return update_plain(rule, part, step, step.first_element + start)
+    if slab.master.device.type == "cpu":
+        return update_on_cpu(rule, part, step, step.first_element + start)
+    return gpu_kernels().update_on_gpu(rule, part, step, step.first_element + start)
 
 
-def update_many(rule: UpdateRule, slabs: Sequence[Slab], steps: Sequence[Step]) -> None:
+def update_many(rule: UpdateRule, slabs: Sequence[Slab], steps: Sequence[Step]) -> list[Count]:
     """Update several slabs in place, each as `update` would: the same bits.
 
-    On a GPU short slabs of the same dtypes and update number share a launch, which would otherwise
-    take longer than the update itself.
+    On a GPU short slabs of the same dtypes share a launch, which would otherwise take longer than
+    the update itself; update numbers and hyperparameters may differ.
+
+    Returns:
+        What `update` returns of each.
 
     Raises:
         TypeError: As `update`.
         ValueError: As `update`.
     """
-    together: dict[tuple[object, ...], list[tuple[Slab, Step]]] = {}
-    for slab, step in zip(slabs, steps, strict=True):
+    counts: list[Count] = [0] * len(slabs)
+    together: dict[tuple[object, ...], list[int]] = {}
+    for number, (slab, step) in enumerate(zip(slabs, steps, strict=True)):
         count = slab.gradient.numel()
         compiled = has_kernels(rule) and slab.master.dtype is not torch.float64
         if compiled and slab.gradient.is_cuda and 0 < count <= SHORT:
             check(rule, slab)
-            together.setdefault(form_of(slab, step), []).append((slab, step))
+            together.setdefault(form_of(slab), []).append(number)
         else:
-            update(rule, slab, step)
+            counts[number] = update(rule, slab, step)
     for found in together.values():
-        positions = [step.first_element for _, step in found]
-        gpu_kernels().update_many_on_gpu(rule, [slab for slab, _ in found], found[0][1], positions)
+        cut = gpu_kernels().update_many_on_gpu(
+            rule, [slabs[number] for number in found], [steps[number] for number in found]
+        )
+        for number, count in zip(found, cut, strict=True):
+            counts[number] = count
+    return counts
 
 
-def form_of(slab: Slab, step: Step) -> tuple[object, ...]:
+def form_of(slab: Slab) -> tuple[object, ...]:
     """Return what slabs have in common that one launch can update."""
     dtypes = (slab.gradient.dtype, slab.master.dtype, *(moment.dtype for moment in slab.moments))
     weight = None if slab.weight is None else slab.weight.dtype
-    scalars = (step.number, step.gradient_scale, step.rounding_seed, id(step.hyper))
-    return (*dtypes, weight, slab.remainder is None, slab.gradient.device, *scalars)
+    return (*dtypes, weight, slab.remainder is None, slab.gradient.device)
 
 
 def check(rule: UpdateRule, slab: Slab) -> None:
@@ -126,22 +140,30 @@ def cut(slab: Slab, start: int, stop: int) -> Slab:
     )
 
 
-def update_on_cpu(rule: UpdateRule, slab: Slab, step: Step, position: int) -> None:
-    """Run the compiled kernel over a whole slab."""
-    from interlace.kernels.update.cpu import KERNELS
+def update_on_cpu(rule: UpdateRule, slab: Slab, step: Step, position: int) -> int:
+    """Run the compiled kernel over a whole slab; return how many coordinates it cut."""
+    from interlace.kernels.update.cpu import KERNELS, STATE
 
     scalars = tuple(np.float32(value) for value in rule.scalars(step.number, step.hyper))
-    KERNELS[rule.name](
+    limits = limits_of(rule, step.number, step.hyper)
+    before, after = (None if limit is None else np.float32(limit) for limit in limits)
+    moments = [as_array(moment) for moment in slab.moments]
+    cut: int = KERNELS[rule.name](
         as_array(slab.gradient),
         as_array(slab.master),
-        *(as_array(moment) for moment in slab.moments),
+        *moments,
+        *[None] * (STATE[rule.name] - len(moments)),
         None if slab.weight is None else as_array(slab.weight),
         None if slab.remainder is None else as_array(slab.remainder),
         np.float32(step.gradient_scale),
         scalars,
+        before,
+        after,
         np.uint32(position & 0xFFFFFFFF),
-        rounding_keys(rule, step),
+        # A rule without state rounds none, but a kernel takes no empty tuple.
+        rounding_keys(rule, step) or (np.uint32(0),),
     )
+    return cut
 
 
 def as_array(tensor: torch.Tensor) -> Any:

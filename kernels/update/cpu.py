@@ -7,9 +7,9 @@ IEEE single precision without contraction or reassociation: results do not depen
 is cut or vectorised.
 
 Numba has no bfloat16. Tensors of that type arrive as unsigned 16-bit integers and are widened and
-rounded here; which code is used follows from the type of the array, at compile time, and an absent
-tensor (None) compiles to nothing. All of it stays in one file: the compiled code on disk is renewed
-when this file changes, and only then.
+rounded here; which code is used follows from the type of the array, at compile time, and what is
+absent (None), a tensor or a threshold, compiles to nothing. All of it stays in one file: the
+compiled code on disk is renewed when this file changes, and only then.
 """
 
 # Numba compiles these functions from their bytecode and chooses by `overload` what they call, which
@@ -20,6 +20,8 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
+
+LARGEST = np.float32(np.finfo(np.float32).max)
 
 
 @intrinsic
@@ -67,8 +69,25 @@ def write_master(master, remainder, index, value):
     raise NotImplementedError("compiled only")
 
 
+def guarded(value, limit):
+    """Return a gradient; with a limit, 0 where it is not finite."""
+    raise NotImplementedError("compiled only")
+
+
+def limited(value, limit):
+    """Return a value, its magnitude cut at the limit where there is one."""
+    raise NotImplementedError("compiled only")
+
+
+def crossed(gradient, direction, before, after):
+    """Return 1 for what a limit before or after momentum cuts, or what is not finite, else 0."""
+    raise NotImplementedError("compiled only")
+
+
 @overload(read, inline="always")
 def _read(array, index):
+    if isinstance(array, types.NoneType):
+        return lambda array, index: np.float32(0.0)
     if array.dtype == types.uint16:
         return lambda array, index: float_of(np.uint32(array[index]) << np.uint32(16))
     return lambda array, index: array[index]
@@ -97,6 +116,8 @@ def _write_nearest(array, index, value):
 
 @overload(write_stochastic, inline="always")
 def _write_stochastic(array, index, value, noise):
+    if isinstance(array, types.NoneType):
+        return lambda array, index, value, noise: None
     if array.dtype == types.uint16:
 
         def store(array, index, value, noise):
@@ -143,6 +164,42 @@ def _write_master(master, remainder, index, value):
     return split
 
 
+@overload(guarded, inline="always")
+def _guarded(value, limit):
+    if isinstance(limit, types.NoneType):
+        return lambda value, limit: value
+    # Comparisons with NaN are false.
+    return lambda value, limit: value if np.abs(value) <= LARGEST else np.float32(0.0)
+
+
+@overload(limited, inline="always")
+def _limited(value, limit):
+    if isinstance(limit, types.NoneType):
+        return lambda value, limit: value
+
+    def cut(value, limit):
+        low = -limit if value < -limit else value
+        return limit if value > limit else low
+
+    return cut
+
+
+@overload(crossed, inline="always")
+def _crossed(gradient, direction, before, after):
+    if not isinstance(after, types.NoneType):
+
+        def late(gradient, direction, before, after):
+            finite = np.abs(gradient) <= LARGEST
+            return np.int64(not finite or np.abs(direction) > after)
+
+        return late
+    if isinstance(before, types.NoneType):
+        return lambda gradient, direction, before, after: np.int64(0)
+    return lambda gradient, direction, before, after: np.int64(
+        not np.abs(gradient) <= min(before, LARGEST)
+    )
+
+
 @njit(inline="always")
 def noise(position, key):
     """Return 32 well-mixed bits for a position (finaliser of MurmurHash3, Appleby 2011)."""
@@ -156,34 +213,73 @@ def noise(position, key):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def adamw(gradient, master, first, second, weight, remainder, scale, scalars, position, keys):
-    """Update one range; see `AdamW.scalars` for the scalars (float32)."""
+def adamw(
+    gradient, master, first, second, weight, remainder,
+    scale, scalars, before, after, position, keys,
+):  # fmt: skip
+    """Update one range; see `AdamW.scalars` for the scalars (float32). `before` and `after` are
+    the limits of the gradient and of the update, or None; return how many crossed them.
+    """
     keep, beta1, rest1, beta2, rest2, root, eps, size = scalars
+    count = np.int64(0)
     for i in range(gradient.shape[0]):
-        g = read(gradient, i) * scale
-        m = beta1 * read(first, i) + rest1 * g
+        raw = read(gradient, i) * scale
+        g = guarded(guarded(raw, before), after)
+        m = beta1 * read(first, i) + rest1 * limited(g, before)
         v = beta2 * read(second, i) + rest2 * (g * g)
         w = read_master(master, remainder, i) * keep
-        w -= size * (m / (np.sqrt(v) * root + eps))
+        direction = m / (np.sqrt(v) * root + eps)
+        count += crossed(raw, direction, before, after)
+        w -= size * limited(direction, after)
         at = np.uint32(position + np.uint32(i))
         write_stochastic(first, i, m, noise(at, keys[0]))
         write_stochastic(second, i, v, noise(at, keys[1]))
         write_master(master, remainder, i, w)
         write_nearest(weight, i, w)
+    return count
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def sgd(gradient, master, buffer, weight, remainder, scale, scalars, position, keys):
-    """Update one range; see `SGD.scalars` for the scalars (float32)."""
-    decay, momentum, of_gradient, of_buffer, lr = scalars
+def sgd(
+    gradient, master, buffer, weight, remainder, scale, scalars, before, after, position, keys
+):  # fmt: skip
+    """Update one range; see `SGD.scalars` for the scalars (float32), `adamw` for the limits. With
+    no momentum the buffer is None.
+    """
+    keep, decay, momentum, of_gradient, of_buffer, lr = scalars
+    count = np.int64(0)
     for i in range(gradient.shape[0]):
-        w = read_master(master, remainder, i)
-        g = read(gradient, i) * scale + decay * w
+        w = read_master(master, remainder, i) * keep
+        raw = read(gradient, i) * scale
+        g = limited(guarded(guarded(raw, before), after), before) + decay * w
         b = momentum * read(buffer, i) + g
-        w -= lr * (of_gradient * g + of_buffer * b)
+        direction = of_gradient * g + of_buffer * b
+        count += crossed(raw, direction, before, after)
+        w -= lr * limited(direction, after)
         write_stochastic(buffer, i, b, noise(np.uint32(position + np.uint32(i)), keys[0]))
         write_master(master, remainder, i, w)
         write_nearest(weight, i, w)
+    return count
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def signum(
+    gradient, master, buffer, weight, remainder, scale, scalars, before, after, position, keys
+):  # fmt: skip
+    """Update one range; see `Signum.scalars` for the scalars (float32), `sgd` for the rest."""
+    keep, momentum, lr = scalars
+    count = np.int64(0)
+    for i in range(gradient.shape[0]):
+        raw = read(gradient, i) * scale
+        b = momentum * read(buffer, i) + limited(guarded(guarded(raw, before), after), before)
+        sign = np.float32(b > 0.0) - np.float32(b < 0.0)
+        count += crossed(raw, sign, before, after)
+        w = read_master(master, remainder, i) * keep
+        w -= lr * limited(sign, after)
+        write_stochastic(buffer, i, b, noise(np.uint32(position + np.uint32(i)), keys[0]))
+        write_master(master, remainder, i, w)
+        write_nearest(weight, i, w)
+    return count
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz"})
@@ -203,4 +299,7 @@ def add(total, values):
         total[i] += read(values, i)
 
 
-KERNELS = {"adamw": adamw, "sgd": sgd}
+KERNELS = {"adamw": adamw, "sgd": sgd, "signum": signum}
+
+STATE = {"adamw": 2, "sgd": 1, "signum": 1}
+"""Most moments that a kernel takes; what a rule keeps less of is None."""

@@ -9,20 +9,25 @@ from typing import Any
 
 import torch
 
+from interlace.kernels.update.clip import COMPILED, CoordinateClip
+from interlace.kernels.update.limit import Count
 from interlace.kernels.update.planes import merge_master, split_master
-from interlace.kernels.update.rules import SGD, AdamW, UpdateRule
+from interlace.kernels.update.rules import UpdateRule
 from interlace.kernels.update.slab import Slab, Step, rounding_keys
 
 MASK = 0xFFFFFFFF
 
 
 def has_kernels(rule: UpdateRule) -> bool:
-    """Whether a rule is one of those that are compiled; a class derived from one is not."""
-    return type(rule) in (AdamW, SGD)
+    """Whether a rule, or the one it clips, is of those that are compiled; a class derived from one
+    of them is not.
+    """
+    return type(rule.rule if isinstance(rule, CoordinateClip) else rule) in COMPILED
 
 
-def update_plain(rule: UpdateRule, slab: Slab, step: Step, position: int) -> None:
-    """Update a whole slab with the formula, in float64 where the slab is, else in float32.
+def update_plain(rule: UpdateRule, slab: Slab, step: Step, position: int) -> Count:
+    """Update a whole slab with the formula, in float64 where the slab is, else in float32; return
+    how many coordinates the threshold of the rule cut.
 
     Args:
         rule: Any rule.
@@ -35,7 +40,11 @@ def update_plain(rule: UpdateRule, slab: Slab, step: Step, position: int) -> Non
     master = slab.master if whole else merge_master(slab.master, present(slab.remainder))
     moments = tuple(moment.to(wide) for moment in slab.moments)
     gradient = slab.gradient.to(wide) * step.gradient_scale
-    rule.plain(master, gradient, moments, step.number, step.hyper)
+    count: Count = 0
+    if isinstance(rule, CoordinateClip):
+        count = rule.plain_counted(master, gradient, moments, step.number, step.hyper)
+    else:
+        rule.plain(master, gradient, moments, step.number, step.hyper)
     if slab.remainder is not None:
         high, low = split_master(master)
         slab.master.copy_(high)
@@ -46,6 +55,7 @@ def update_plain(rule: UpdateRule, slab: Slab, step: Step, position: int) -> Non
     for moment, value, key in zip(slab.moments, moments, keys, strict=True):
         if moment.dtype is torch.bfloat16:
             moment.copy_(rounded(value, position, int(key)))
+    return count
 
 
 def present(tensor: torch.Tensor | None) -> torch.Tensor:

@@ -8,19 +8,32 @@ against.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 
+from interlace.kernels.update.limit import Limit
+
 
 class UpdateRule(Protocol):
-    """What the engine needs to know of a rule."""
+    """What the engine needs to know of a rule; a plain attribute will do for a property."""
 
-    name: ClassVar[str]
-    """Name in recipes and reports; selects the kernel."""
+    @property
+    def name(self) -> str:
+        """Name in recipes and reports; selects the kernel."""
+        ...
 
-    moments: ClassVar[tuple[str, ...]]
-    """Names of the state tensors beside the weight, each of the weight's shape."""
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Names of the state tensors beside the weight, each of the weight's shape."""
+        ...
+
+    @property
+    def scale_free(self) -> bool:
+        """Whether the update is the same for a multiple of all gradients (but for epsilon), as of
+        Adam: it decides how muP scales learning rates.
+        """
+        ...
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the defaults of parameter groups."""
@@ -64,8 +77,9 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
-    name: ClassVar[str] = "adamw"
-    moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    name = "adamw"
+    moments = ("exp_avg", "exp_avg_sq")
+    scale_free = True
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges."""
@@ -106,14 +120,46 @@ class AdamW:
         hyper: Mapping[str, Any],
     ) -> None:
         """Update in place as the paper writes it."""
+        self.formula(weight, gradient, moments, number, hyper, Limit())
+
+    def formula(
+        self,
+        weight: torch.Tensor,
+        gradient: torch.Tensor,
+        moments: tuple[torch.Tensor, ...],
+        number: int,
+        hyper: Mapping[str, Any],
+        limit: Limit,
+    ) -> None:
+        """Update in place; a clipped gradient enters the first moment only (arXiv 2306.00204)."""
         (beta1, beta2), lr = hyper["betas"], float(hyper["lr"])
         first, second = moments
-        first.mul_(beta1).add_(gradient, alpha=1.0 - beta1)
+        first.mul_(beta1).add_(limit.gradient(gradient), alpha=1.0 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
         first_hat = first / (1.0 - beta1**number)
         second_hat = second / (1.0 - beta2**number)
         weight.mul_(1.0 - lr * hyper["weight_decay"])
-        weight.sub_(lr * first_hat / (second_hat.sqrt() + hyper["eps"]))
+        weight.sub_(lr * limit.direction(first_hat / (second_hat.sqrt() + hyper["eps"])))
+
+
+def buffer_of(momentum: float) -> tuple[str, ...]:
+    """Return the state that a rule with this momentum keeps: without momentum none."""
+    return ("momentum_buffer",) if momentum else ()
+
+
+def momentum_in(hyper: Mapping[str, Any], moments: tuple[str, ...]) -> float:
+    """Return the momentum of a parameter group.
+
+    Raises:
+        ValueError: It needs a buffer, and the rule keeps none.
+    """
+    momentum = float(hyper["momentum"])
+    if momentum and not moments:
+        raise ValueError(
+            f"momentum={momentum} in a parameter group: the rule was made with momentum=0.0 and "
+            f"keeps no buffer for it; make the rule with momentum={momentum}"
+        )
+    return momentum
 
 
 @dataclass(frozen=True)
@@ -122,23 +168,31 @@ class SGD:
 
     Attributes:
         lr: Learning rate.
-        momentum: Decay of the momentum buffer; every group keeps a buffer, also with 0.
-        weight_decay: Added to the gradient, times the weight.
+        momentum: Decay of the momentum buffer; with 0 there is no buffer, and no state at all.
+        weight_decay: Added to the gradient, times the weight; or decoupled.
         nesterov: Look ahead along the momentum.
+        decoupled: Shrink the weight itself by `lr` times the decay, as AdamW does (arXiv
+            1711.05101, algorithm 1), so that the decay passes through no momentum and no clip.
     """
 
     lr: float = 1e-3
     momentum: float = 0.9
     weight_decay: float = 0.0
     nesterov: bool = False
-    name: ClassVar[str] = "sgd"
-    moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    decoupled: bool = False
+    name = "sgd"
+    scale_free = False
 
     def __post_init__(self) -> None:
         """Refuse values outside their ranges."""
         check_least_zero(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov=True: needs a momentum of more than 0")
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The momentum buffer, if there is momentum."""
+        return buffer_of(self.momentum)
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the defaults of parameter groups, with torch's names."""
@@ -150,14 +204,16 @@ class SGD:
         }
 
     def scalars(self, number: int, hyper: Mapping[str, Any]) -> tuple[float, ...]:
-        """Return decay, momentum, share of gradient and of momentum in the update, lr."""
-        nesterov, momentum = bool(hyper["nesterov"]), float(hyper["momentum"])
+        """Return keep, decay, momentum, share of gradient and of momentum in the update, lr."""
+        lr, decay = float(hyper["lr"]), float(hyper["weight_decay"])
+        nesterov, momentum = bool(hyper["nesterov"]), momentum_in(hyper, self.moments)
         return (
-            hyper["weight_decay"],
+            1.0 - lr * decay if self.decoupled else 1.0,
+            0.0 if self.decoupled else decay,
             momentum,
             1.0 if nesterov else 0.0,
             momentum if nesterov else 1.0,
-            float(hyper["lr"]),
+            lr,
         )
 
     def plain(
@@ -169,8 +225,94 @@ class SGD:
         hyper: Mapping[str, Any],
     ) -> None:
         """Update in place as torch documents it."""
-        (buffer,), momentum = moments, hyper["momentum"]
-        gradient = gradient + hyper["weight_decay"] * weight
-        buffer.mul_(momentum).add_(gradient)
-        direction = gradient + momentum * buffer if hyper["nesterov"] else buffer
-        weight.sub_(float(hyper["lr"]) * direction)
+        self.formula(weight, gradient, moments, number, hyper, Limit())
+
+    def formula(
+        self,
+        weight: torch.Tensor,
+        gradient: torch.Tensor,
+        moments: tuple[torch.Tensor, ...],
+        number: int,
+        hyper: Mapping[str, Any],
+        limit: Limit,
+    ) -> None:
+        """Update in place; decay that is not decoupled joins the gradient after it is clipped."""
+        lr, decay = float(hyper["lr"]), hyper["weight_decay"]
+        momentum = momentum_in(hyper, self.moments)
+        gradient = limit.gradient(gradient)
+        if self.decoupled:
+            weight.mul_(1.0 - lr * decay)
+        else:
+            gradient = gradient + decay * weight
+        direction = gradient
+        if moments:
+            buffer = moments[0].mul_(momentum).add_(gradient)
+            direction = gradient + momentum * buffer if hyper["nesterov"] else buffer
+        weight.sub_(lr * limit.direction(direction))
+
+
+@dataclass(frozen=True)
+class Signum:
+    """The sign of the momentum (Bernstein et al. 2018, arXiv 1802.04434, algorithm 2).
+
+    The sign of a sum is that of an average, so momentum accumulates as SGD's does. Where it is 0
+    the weight stays, but for the decay.
+
+    Attributes:
+        lr: Learning rate: how far every weight moves.
+        momentum: Decay of the momentum buffer; with 0 the sign of the gradient counts (signSGD),
+            and there is no buffer.
+        weight_decay: Decoupled decay per step, times `lr`.
+    """
+
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    name = "signum"
+    scale_free = True
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their ranges."""
+        check_least_zero(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The momentum buffer, if there is momentum."""
+        return buffer_of(self.momentum)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the defaults of parameter groups."""
+        return {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+
+    def scalars(self, number: int, hyper: Mapping[str, Any]) -> tuple[float, ...]:
+        """Return keep, momentum, lr."""
+        lr = float(hyper["lr"])
+        return 1.0 - lr * hyper["weight_decay"], momentum_in(hyper, self.moments), lr
+
+    def plain(
+        self,
+        weight: torch.Tensor,
+        gradient: torch.Tensor,
+        moments: tuple[torch.Tensor, ...],
+        number: int,
+        hyper: Mapping[str, Any],
+    ) -> None:
+        """Update in place as the paper writes it."""
+        self.formula(weight, gradient, moments, number, hyper, Limit())
+
+    def formula(
+        self,
+        weight: torch.Tensor,
+        gradient: torch.Tensor,
+        moments: tuple[torch.Tensor, ...],
+        number: int,
+        hyper: Mapping[str, Any],
+        limit: Limit,
+    ) -> None:
+        """Update in place; what an update clip cuts is a sign."""
+        lr, momentum = float(hyper["lr"]), momentum_in(hyper, self.moments)
+        direction = limit.gradient(gradient)
+        if moments:
+            direction = moments[0].mul_(momentum).add_(direction)
+        weight.mul_(1.0 - lr * hyper["weight_decay"])
+        weight.sub_(lr * limit.direction(direction.sign()))

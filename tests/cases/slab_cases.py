@@ -4,13 +4,34 @@ from collections.abc import Callable
 
 import torch
 
-from interlace.kernels.update import SGD, AdamW, Slab, Step, UpdateRule, split_master
-
-RULES: tuple[UpdateRule, ...] = (
-    AdamW(lr=0.01, weight_decay=0.1),
-    SGD(lr=0.01, weight_decay=0.1),
-    SGD(lr=0.01, momentum=0.8, nesterov=True),
+from interlace.kernels.update import (
+    SGD,
+    AdamW,
+    CoordinateClip,
+    Signum,
+    Slab,
+    Step,
+    UpdateRule,
+    clipped_sgd,
+    split_master,
 )
+
+RULES: dict[str, UpdateRule] = {
+    "adamw": AdamW(lr=0.01, weight_decay=0.1),
+    "sgd": SGD(lr=0.01, weight_decay=0.1),
+    "nesterov": SGD(lr=0.01, momentum=0.8, nesterov=True),
+    "sgd without momentum": SGD(lr=0.01, momentum=0.0, weight_decay=0.1, decoupled=True),
+    "signum": Signum(lr=0.01, weight_decay=0.1),
+    "signum without momentum": Signum(lr=0.01, momentum=0.0),
+    "clipped sgd": clipped_sgd(0.01, 0.5, 0.8, weight_decay=0.1, nesterov=True),
+    "clipped sgd without momentum": clipped_sgd(0.01, 0.5, 0.0, weight_decay=0.1),
+    "clipped update of sgd": clipped_sgd(0.01, 0.5, 0.8, weight_decay=0.1, stage="update"),
+    "adamw, clipped gradient": CoordinateClip(AdamW(lr=0.01, weight_decay=0.1), 0.5),
+    "adamw, clipped update": CoordinateClip(AdamW(lr=0.01, weight_decay=0.1), 0.5, "update"),
+    "signum, clipped gradient": CoordinateClip(Signum(lr=0.01), 0.5),
+}
+"""One of every kind of kernel, and every limit in it; a standard normal gradient crosses them."""
+
 FORMS = {
     "fp32 in place": (torch.float32, None, torch.float32, False),
     "bf16 gradient, fp32 weight": (torch.bfloat16, torch.float32, torch.float32, False),

@@ -9,7 +9,7 @@ from slab_cases import FORMS, RULES, a_step, copy_of, make_slab, padded, same_bi
 from interlace.kernels.update import UpdateRule, accumulate, sum_of_squares, update, update_many
 
 pytestmark = pytest.mark.gpu
-EACH_RULE = pytest.mark.parametrize("rule", RULES, ids=["adamw", "sgd", "nesterov"])
+EACH_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -50,7 +50,7 @@ def test_many_slabs_on_the_gpu_are_each_updated_as_alone(rule: UpdateRule, form:
 
 
 def test_an_update_on_the_gpu_takes_no_memory_of_its_own() -> None:
-    for rule in RULES:
+    for rule in RULES.values():
         slab = copy_of(make_slab("bf16", rule, 10_000_000), "cuda")
         update(rule, slab, a_step(rule))
         before = torch.cuda.memory_allocated()

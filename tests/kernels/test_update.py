@@ -2,7 +2,6 @@
 
 import itertools
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ from interlace.kernels.update.api import form_of
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("rule", RULES, ids=["adamw", "sgd", "nesterov"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_one_update_is_the_formula(rule: UpdateRule, form: str) -> None:
     slab, step = make_slab(form, rule, 5000), a_step(rule)
     whole = slab.master if slab.remainder is None else merge_master(slab.master, slab.remainder)
@@ -36,10 +35,16 @@ def test_one_update_is_the_formula(rule: UpdateRule, form: str) -> None:
     rule.plain(weight, gradient, moments, step.number, step.hyper)
     update(rule, slab, step)
     result = slab.master if slab.remainder is None else merge_master(slab.master, slab.remainder)
-    torch.testing.assert_close(result.double(), weight, rtol=2e-6, atol=2e-6)
+    moved, expected_weight = result.double(), weight
+    if rule.name == "signum" and moments:
+        # A sum that cancels has a sign in fp64 that fp32 cannot know.
+        clear = moments[0].abs() > 1e-6
+        assert bool((~clear).sum() <= 2)
+        moved, expected_weight = moved[clear], weight[clear]
+    torch.testing.assert_close(moved, expected_weight, rtol=2e-6, atol=2e-6)
     # One bf16 step up or down where moments are rounded stochastically.
-    tolerance = 2e-6 if slab.moments[0].dtype is torch.float32 else 2**-7
     for moment, expected in zip(slab.moments, moments, strict=True):
+        tolerance = 2e-6 if moment.dtype is torch.float32 else 2**-7
         torch.testing.assert_close(moment.double(), expected, rtol=tolerance, atol=1e-6)
     if slab.weight is not None:
         assert torch.equal(slab.weight, result.to(slab.weight.dtype))
@@ -125,7 +130,7 @@ def test_fifty_updates_equal_torchs(rule: UpdateRule, theirs: type[torch.optim.O
 
 @given(
     form=st.sampled_from(list(FORMS)),
-    rule=st.sampled_from(RULES),
+    rule=st.sampled_from(list(RULES.values())),
     elements=st.integers(1, 700),
     cuts=st.lists(st.integers(0, 700), max_size=6),
 )
@@ -265,21 +270,9 @@ def test_many_updates_are_those_of_each() -> None:
     assert all(same_bits(one, other) for one, other in zip(alone, together, strict=True))
 
 
-def test_a_launch_is_shared_by_slabs_of_one_form_and_one_update() -> None:
-    rule = AdamW()
-    hyper = rule.hyperparameters()
+def test_a_launch_is_shared_by_slabs_of_one_form() -> None:
+    def forms(*names: str) -> int:
+        return len({form_of(make_slab(name, AdamW(), 4)) for name in names})
 
-    def forms(*pairs: tuple[str, Step]) -> int:
-        return len({form_of(make_slab(form, rule, 4), step) for form, step in pairs})
-
-    first = Step(1, 0.5, hyper, first_element=3)
-    assert forms(("bf16", first), ("bf16", replace(first, first_element=9))) == 1
-    for other in (
-        ("split master", first),
-        ("bf16 moments", first),
-        ("bf16", replace(first, number=2)),
-        ("bf16", replace(first, gradient_scale=1.0)),
-        ("bf16", replace(first, rounding_seed=1)),
-        ("bf16", replace(first, hyper={**hyper, "lr": 0.5})),
-    ):
-        assert forms(("bf16", first), other) == 2
+    assert forms("bf16", "bf16") == 1
+    assert forms("bf16", "split master", "bf16 moments", "fp32 in place") == 4

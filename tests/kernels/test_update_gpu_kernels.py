@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="tests/gpu runs the kernels themselves"
 )
 ROOT = Path(__file__).resolve().parents[2]
-EACH_RULE = pytest.mark.parametrize("rule", RULES, ids=["adamw", "sgd", "nesterov"])
+EACH_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 EACH_FORM = pytest.mark.parametrize("form", FORMS)
 
 
