@@ -4,6 +4,7 @@ The command line, torchrun and every other launcher end here. Each line of the l
 algorithm; the machinery behind it is in `interlace.trainer.run`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,18 +43,24 @@ def train(config: RunConfig, world: World) -> Outcome:
         UserError: Whatever a person can mend, before the first step where that is possible.
     """
     with open_run(config, world) as run:
-        for step in run.remaining_steps():
-            batch_loss = run.forward_backward(step)
-            gradient_norm = run.gradient_norm()
-            run.diagnose(step)
-            run.update_or_skip(step, batch_loss, gradient_norm)
-            run.validate_if_due()
-            run.observe()
-            run.checkpoint_if_due()
+        for _ in finished_steps(run):
             if run.stop_requested:
                 break
         run.conclude()
         return outcome_of(run)
+
+
+def finished_steps(run: Run) -> Iterator[int]:
+    """Take the remaining steps one by one; yield the number, from 0, of each when it is done."""
+    for step in run.remaining_steps():
+        batch_loss = run.forward_backward(step)
+        gradient_norm = run.gradient_norm()
+        run.diagnose(step)
+        run.update_or_skip(step, batch_loss, gradient_norm)
+        run.validate_if_due()
+        run.observe()
+        run.checkpoint_if_due()
+        yield step
 
 
 def outcome_of(run: Run) -> Outcome:
