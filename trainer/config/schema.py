@@ -16,6 +16,7 @@ from interlace.trainer.config.energy_section import EnergySection
 from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.config.mup_section import MupSection
 from interlace.trainer.config.section import Fraction, NonNegativeInt, PositiveInt, Section
+from interlace.trainer.config.sharpness_section import SharpnessSection
 
 
 class RunSection(Section):
@@ -262,8 +263,9 @@ class ObserveSection(Section):
     """Steps between printed lines; `metrics.jsonl` holds every step."""
 
     diagnostics: list[str] = []
-    """More numbers about the steps whose line is printed: `gradient_norms` (of every block), or a
-    plug-in's.
+    """More numbers about the steps whose line is printed: `gradient_norms` (of every block),
+    `gradient_histogram` (magnitudes of coordinates), a plug-in's; and about the steps that
+    `sharpness` names: `directional_sharpness`, `critical_sharpness`.
     """
 
     trace_steps: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
@@ -320,3 +322,6 @@ class RunConfig(Section):
 
     observe: ObserveSection = ObserveSection()
     """What a person sees."""
+
+    sharpness: SharpnessSection = SharpnessSection()
+    """When and along what the curvature of the loss is measured."""

@@ -7,7 +7,9 @@ equal bits.
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -75,6 +77,19 @@ class StepRecord:
     val_perplexity: float | None = None
     skipped: bool | None = None
     details: dict[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of numbers in bins that lie side by side.
+
+    Attributes:
+        edges: Where bins end, ascending, one more than there are counts: first the lower edge.
+        counts: Of each bin; copies on several ranks may make them fractions.
+    """
+
+    edges: Sequence[float]
+    counts: Sequence[float]
 
 
 def to_line(record: StepRecord) -> str:
@@ -147,6 +162,28 @@ class MetricsWriter:
                 self.board.add_scalar(tag, value, record.step)
         for key, value in record.details.items():
             self.board.add_scalar(DETAIL_TAG + key, value, record.step)
+
+    def write_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        """Give TensorBoard the histograms of one step, by name; those without counts it cannot
+        show are left out.
+        """
+        for name, histogram in histograms.items():
+            edges, counts = histogram.edges, histogram.counts
+            if not sum(counts):
+                continue
+            middles = [(low + high) / 2 for low, high in pairwise(edges)]
+            pairs = list(zip(middles, counts, strict=True))
+            self.board.add_histogram_raw(
+                DETAIL_TAG + name,
+                min=edges[0],
+                max=edges[-1],
+                num=sum(counts),
+                sum=sum(middle * count for middle, count in pairs),
+                sum_squares=sum(middle**2 * count for middle, count in pairs),
+                bucket_limits=list(edges[1:]),
+                bucket_counts=list(counts),
+                global_step=step,
+            )
 
     def close(self) -> None:
         """Flush and close both; may be called twice."""
