@@ -392,11 +392,11 @@ def hybridize(arguments: Namespace) -> int:
     from interlace.trainer.hybridize import student_recipe
     from interlace.trainer.model_folder import claim_new_folder, write_model_folder
     from interlace.trainer.models.language_model import LanguageModel
-    from interlace.trainer.saved_model import load_saved_model
+    from interlace.trainer.saved_model import load_saved_model, without_multipliers
 
     source, every = Path(arguments.source), attention_to_keep(arguments.keep_attention)
     target = Path(arguments.to or f"{source.absolute()}-hybrid")
-    saved = load_saved_model(source)
+    saved = without_multipliers(load_saved_model(source))
     config, teacher = saved.config, saved.model
     if not isinstance(teacher, LanguageModel):
         raise ConfigError(

@@ -23,7 +23,7 @@ from interlace.trainer.config.problems import show
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import CheckpointError, ConfigError
 
-FIXED_SECTIONS = ("model", "data")
+FIXED_SECTIONS = ("model", "data", "mup")
 FIXED_SETTINGS = (
     "run.seed",
     "train.tokens_per_step",

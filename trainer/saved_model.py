@@ -6,7 +6,7 @@ names an architecture (`interlace.trainer.interop`). Whatever takes a run takes 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from interlace.trainer.errors import CheckpointError
 from interlace.trainer.interop.reading import CONFIG_NAME, foreign_config, foreign_weights
 from interlace.trainer.model_folder import RECIPE_NAME, WEIGHTS_NAME, read_recipe, read_tensors
 from interlace.trainer.models.model import Model
-from interlace.trainer.objectives import objective_of
+from interlace.trainer.mup.parametrise import built, fold
 from interlace.trainer.run_folder import read_config
 from interlace.trainer.sampling import SamplingSettings, generate
 
@@ -47,6 +47,13 @@ class SavedModel:
             self.model, self.tokenizer.encode(prompt), self.tokenizer.end_of_text, settings
         )
         return self.tokenizer.stream(ids)
+
+
+def without_multipliers(saved: SavedModel) -> SavedModel:
+    """Return a saved model that computes the same without forward multipliers, which are multiplied
+    into its weights: for whoever reads these without knowing of muP.
+    """
+    return replace(saved, config=fold(saved.model, saved.config))
 
 
 def saved_config(folder: Path) -> RunConfig:
@@ -89,7 +96,7 @@ def load_saved_model(folder: Path, device: torch.device | None = None) -> SavedM
         shape = config.model.model_copy(update={"attention_backend": "auto"})
         anywhere = config.model_copy(update={"model": shape})
         vocabulary_size = weights["embedding.weight"].shape[0]
-        model = objective_of(config).build(anywhere, vocabulary_size, torch.float32)
+        model = built(anywhere, vocabulary_size, torch.float32)
     # Copies: in a mapped file tensors lie at odd addresses, where products round in another order.
     wide = {
         name: tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)

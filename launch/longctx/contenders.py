@@ -16,7 +16,8 @@ from interlace.trainer.config import load_recipe
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.model import Model
-from interlace.trainer.objectives import objective_of
+from interlace.trainer.mup.manifest import manifest_of
+from interlace.trainer.mup.parametrise import built
 from interlace.trainer.parallel import cast_weights, compute_dtype_of
 from interlace.trainer.saved_model import load_saved_model
 
@@ -128,9 +129,9 @@ def one_precision(configs: Mapping[str, RunConfig], device: torch.device) -> tor
 def fresh(config: RunConfig, vocabulary: int, device: torch.device) -> Model:
     """Return the model of a recipe with the weights it starts from."""
     with torch.device("meta"):
-        model = objective_of(config).build(config, vocabulary, torch.float32)
+        model = built(config, vocabulary, torch.float32)
     model.to_empty(device=device)
-    model.initialise(config.run.seed)
+    model.initialise(config.run.seed, manifest_of(config, vocabulary).rescale)
     return model
 
 

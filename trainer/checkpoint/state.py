@@ -111,6 +111,7 @@ class SavedScalars(BaseModel):
     config: dict[str, object]
     corpus_digest: str
     vocabulary_size: int
+    manifest: dict[str, object] = {}
     random_states: tuple[RandomState, ...]
 
 
@@ -193,7 +194,7 @@ def save(
         store: The run's checkpoints.
         attempt: The fencing token of this start of the run.
         state: Live model and optimizer.
-        scalars: `config`, `corpus_digest` and `vocabulary_size` of `SavedScalars`.
+        scalars: `config`, `corpus_digest`, `vocabulary_size` and `manifest` of `SavedScalars`.
         progress: The run's counters.
 
     Returns:

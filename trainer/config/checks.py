@@ -16,6 +16,11 @@ from interlace.trainer.config.model_checks import (
     mamba_groups_divide_heads,
     mamba_heads_divide_inner_width,
 )
+from interlace.trainer.config.mup_checks import (
+    mup_has_its_base,
+    rules_are_left_out_of_something,
+    threshold_follows_the_width,
+)
 from interlace.trainer.config.problems import describe
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
@@ -318,4 +323,7 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     trace_span_is_not_empty,
     trace_span_is_reached,
     offload_is_of_human_size,
+    mup_has_its_base,
+    rules_are_left_out_of_something,
+    threshold_follows_the_width,
 )

@@ -17,7 +17,7 @@ from interlace.trainer.model_folder import claim_new_folder
 from interlace.trainer.models.depth import layer_patterns
 from interlace.trainer.models.shapes import ffn_width, head_width, kv_heads
 from interlace.trainer.run_folder import write_json
-from interlace.trainer.saved_model import SavedModel
+from interlace.trainer.saved_model import SavedModel, without_multipliers
 
 ENERGY_CLASS = "EnergyTransformer"
 
@@ -63,6 +63,7 @@ def export_hf(saved: SavedModel, source: Path, target: Path) -> str:
     Raises:
         ConfigError: The folder is not empty, or the model has no equal there.
     """
+    saved = without_multipliers(saved)
     model = saved.config.model
     if saved.config.train.objective == "energy":
         return export_energy(saved, source, target)

@@ -43,6 +43,7 @@ class Model(nn.Module):
     config: ModelSection
     compute_dtype: torch.dtype
     embedding: nn.Embedding
+    layers: nn.ModuleList
     norm: RMSNorm
 
     readouts: ClassVar[Mapping[str, Literal["constant", "fan_in"]]] = {"head.weight": "constant"}

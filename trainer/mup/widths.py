@@ -5,10 +5,12 @@ fixed number of wider heads), feed-forward and expert widths that are given. Wha
 unset follows by its own rule. State width, groups and experts keep their size.
 """
 
+from collections.abc import Sequence
+
 from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
-from interlace.trainer.models.shapes import head_width, kv_heads
+from interlace.trainer.models.shapes import head_width, kv_heads, mamba_inner_width
 
 
 def at_width(config: RunConfig, width: int) -> RunConfig:
@@ -32,13 +34,20 @@ def model_at_width(config: RunConfig, width: int) -> ModelSection:
             changes[key] = scaled(f"model.{key}", given, model.width, width)
     if config.mup.grows == "heads":
         changes["head_width"] = head_width(model)
-        changes["heads"] = scaled_heads(model, width)
-        # One pair of heads for all queries stays one; more keep their share of the heads.
-        kept = kv_heads(model) if kv_heads(model) == 1 else None
-        changes["kv_heads"] = kept or scaled("model.kv_heads", kv_heads(model), model.width, width)
+        changes["heads"], changes["kv_heads"] = scaled_heads(model, width)
     elif model.head_width is not None:
         changes["head_width"] = scaled("model.head_width", model.head_width, model.width, width)
-    return model.model_copy(update=changes)
+    found = model.model_copy(update=changes)
+    if not holds_whole_mamba_heads(found):
+        finer = finer_mamba_heads(model, [width])
+        raise ConfigError(
+            [
+                f"model.mamba_head_width={model.mamba_head_width}: does not divide the inner width "
+                f"{mamba_inner_width(found)} of Mamba-2 at width {width}; type "
+                f"model.mamba_head_width={finer.mamba_head_width}"
+            ]
+        )
+    return found
 
 
 def scaled(key: str, value: int, width: int, wanted: int) -> int:
@@ -54,16 +63,103 @@ def scaled(key: str, value: int, width: int, wanted: int) -> int:
     return size
 
 
-def scaled_heads(model: ModelSection, width: int) -> int:
-    """Return the number of heads of the recipe's head width at another width."""
-    heads, rest = divmod(model.heads * width, model.width)
-    if heads and not rest:
-        return heads
-    narrow = width * model.heads
+def scaled_heads(model: ModelSection, width: int) -> tuple[int, int]:
+    """Return query heads, and key and value heads, of the recipe's head width at another width. One
+    pair of key and value for all queries stays one; more keep their share.
+
+    Raises:
+        ConfigError: They would not be whole.
+    """
+    if holds_whole_heads(model, width):
+        served = kv_heads(model)
+        heads = model.heads * width // model.width
+        return heads, served if served == 1 else served * width // model.width
+    key, value = ("heads", model.heads)
+    if model.heads * width % model.width == 0:
+        key, value = ("kv_heads", kv_heads(model))
+    found = finer_heads(model, [width])
+    remedy = "a model.width and widths that are multiples of each other"
+    if found is not None:
+        remedy = f"model.heads={found.heads}"
+        remedy += "" if model.kv_heads in (None, 1) else f" model.kv_heads={found.kv_heads}"
+        remedy += "" if model.head_width is None else f" model.head_width={found.head_width}"
     raise ConfigError(
         [
-            f"model.heads={model.heads}: at width {width} in place of model.width={model.width} "
-            f"there would be {narrow / model.width:g} heads of {head_width(model)}; type a "
-            "narrower model.head_width with more model.heads, or mup.grows=head_width"
+            f"model.{key}={value}: at width {width} in place of model.width={model.width} there "
+            f"would be {value * width / model.width:g} of them; type {remedy}, or "
+            "mup.grows=head_width"
         ]
     )
+
+
+def holds_whole_heads(model: ModelSection, width: int) -> bool:
+    """Whether another width holds whole heads of the recipe's head width."""
+    counts = [model.heads] if kv_heads(model) == 1 else [model.heads, kv_heads(model)]
+    return all(count * width % model.width == 0 and count * width > 0 for count in counts)
+
+
+def finer_heads(model: ModelSection, widths: Sequence[int]) -> ModelSection | None:
+    """Return the same model with the fewest more and narrower heads that all widths hold whole
+    numbers of; None if there is no such model.
+    """
+    for split in range(1, head_width(model) // 2 + 1):
+        width, rest = divmod(head_width(model), split)
+        if rest or width % 2:
+            continue
+        several = kv_heads(model) > 1
+        finer = model.model_copy(
+            update={
+                "heads": model.heads * split,
+                "kv_heads": kv_heads(model) * split if several else model.kv_heads,
+                "head_width": width,
+            }
+        )
+        if all(holds_whole_heads(finer, each) for each in widths):
+            return finer
+    return None
+
+
+def holds_whole_mamba_heads(model: ModelSection) -> bool:
+    """Whether the heads of Mamba-2, where there are any, are whole and groups of them even."""
+    inner = mamba_inner_width(model)
+    heads, rest = divmod(inner, model.mamba_head_width)
+    return "M" not in model.pattern or (heads > 0 and not rest and heads % model.mamba_groups == 0)
+
+
+def finer_mamba_heads(model: ModelSection, widths: Sequence[int]) -> ModelSection:
+    """Return the same model with the widest heads of Mamba-2 that all widths hold whole numbers
+    of.
+    """
+    for width in range(model.mamba_head_width, 1, -1):
+        finer = model.model_copy(update={"mamba_head_width": width})
+        there = [finer.model_copy(update={"width": each}) for each in widths]
+        if all(holds_whole_mamba_heads(each) for each in there):
+            return finer
+    return model.model_copy(update={"mamba_head_width": 1})
+
+
+def with_whole_heads(config: RunConfig, widths: Sequence[int]) -> tuple[RunConfig, str | None]:
+    """Return a recipe whose heads all of these widths hold whole numbers of, split finer if need
+    be, and a note about it for a person.
+
+    Raises:
+        ConfigError: There is no such split.
+    """
+    model, notes = config.model, list[str]()
+    everywhere = [model.width, *widths]
+    if config.mup.grows == "heads" and not all(holds_whole_heads(model, each) for each in widths):
+        finer = finer_heads(model, everywhere)
+        if finer is None:
+            wrong = next(each for each in widths if not holds_whole_heads(model, each))
+            scaled_heads(model, wrong)
+            raise AssertionError("a width without whole heads is refused")
+        notes.append(f"attention has heads of {head_width(finer)}, not {head_width(model)}")
+        model = finer
+    finer = finer_mamba_heads(model, everywhere)
+    if finer.mamba_head_width != model.mamba_head_width:
+        notes.append(f"Mamba-2 has heads of {finer.mamba_head_width}, not {model.mamba_head_width}")
+        model = finer
+    if not notes:
+        return config, None
+    note = f"{' and '.join(notes)}, so that all widths hold whole ones"
+    return config.model_copy(update={"model": model}), note

@@ -28,7 +28,11 @@ from interlace.trainer.objectives import Loss, objective
 from interlace.trainer.objectives.next_token import predictions
 from interlace.trainer.parallel import cast_weights, compute_dtype_of
 from interlace.trainer.plan import Plan
-from interlace.trainer.saved_model import load_saved_model, saved_config
+from interlace.trainer.saved_model import (
+    load_saved_model,
+    saved_config,
+    without_multipliers,
+)
 from interlace.trainer.starting_weights import folder_named
 from interlace.trainer.world import World
 
@@ -43,7 +47,7 @@ class Distill:
         self.settings = config.distill
         self.replaced = replaced_in(config)
         folder = folder_named("distill.teacher", config.distill.teacher)
-        saved = load_saved_model(folder)
+        saved = without_multipliers(load_saved_model(folder))
         assert isinstance(saved.model, LanguageModel), "checked by `problems`"
         rows = saved.model.embedding.weight.shape[0]
         if rows != plan.vocabulary_size:
