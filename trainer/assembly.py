@@ -27,6 +27,8 @@ from interlace.trainer.data.tokenizers import load_tokenizer
 from interlace.trainer.diagnostics import diagnostics_of
 from interlace.trainer.errors import CheckpointError, ConfigError
 from interlace.trainer.models.model import Model
+from interlace.trainer.mup.manifest import MANIFEST_NAME, Manifest, differences, manifest_of
+from interlace.trainer.mup.parametrise import parametrise
 from interlace.trainer.objectives import Freezes, Objective, objective_of
 from interlace.trainer.observe.console import Console
 from interlace.trainer.observe.environment import describe_environment
@@ -128,14 +130,18 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
     training, validation = TrainingRows(corpus, config), ValidationRows(corpus, config)
     torch.manual_seed(config.run.seed + world.rank)
     objective = objective_of(config)(config, plan, world)
-    model = build_model(config, plan, world)
+    manifest = manifest_of(config, plan.vocabulary_size)
+    model = build_model(config, plan, manifest, world)
     beginning = begin(model, objective, folder, config, corpus)
-    state = TrainingState(model, build_optimizer(model, config, plan, hardware), objective, world)
+    optimizer = build_optimizer(model, config, plan, hardware, manifest)
+    state = TrainingState(model, optimizer, objective, world)
     attempt = world.on_main(folder.store.begin_attempt)
-    progress, notes = restore(folder, attempt, state, corpus)
+    progress, notes = restore(folder, attempt, state, corpus, manifest)
     if world.is_main:
         notes += keep_plugins(folder.path, config.model.plugins)
         describe(folder.path, config, plan, corpus)
+        if manifest.entries:
+            write_json(folder.path / MANIFEST_NAME, manifest.document)
     batches = StepBatches(
         training=training,
         validation=validation,
@@ -154,6 +160,7 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
         attempt,
         corpus.digest,
         batches,
+        manifest,
         model,
         objective,
         state,
@@ -183,11 +190,12 @@ def checked_corpus(config: RunConfig) -> PreparedCorpus:
     return corpus
 
 
-def build_model(config: RunConfig, plan: Plan, world: World) -> Model:
+def build_model(config: RunConfig, plan: Plan, manifest: Manifest, world: World) -> Model:
     """Build the model without memory, spread it over the ranks, then fill each rank's part."""
     dtype = compute_dtype_of(config.train, world.device.type)
     with torch.device("meta"):
         model = objective_of(config).build(config, plan.vocabulary_size, dtype)
+        parametrise(model, manifest)
         # Weights have the dtype they are computed with; the optimizer keeps their fp32 masters.
         cast_weights(model, dtype)
     units = model.units
@@ -196,7 +204,7 @@ def build_model(config: RunConfig, plan: Plan, world: World) -> Model:
         compile_layers(units)
     shard(model, units, world, config.parallel.replicas, dtype)
     model.to_empty(device=world.device)
-    model.initialise(config.run.seed)
+    model.initialise(config.run.seed, manifest.rescale)
     return model
 
 
@@ -220,12 +228,17 @@ def begin(
 
 
 def restore(
-    folder: RunFolder, attempt: int, state: TrainingState, corpus: PreparedCorpus
+    folder: RunFolder,
+    attempt: int,
+    state: TrainingState,
+    corpus: PreparedCorpus,
+    manifest: Manifest,
 ) -> tuple[Progress, list[str]]:
     """Continue from the newest intact checkpoint, if the run has one.
 
     Raises:
-        CheckpointError: None is intact, or the corpus is not the one the run was started with.
+        CheckpointError: None is intact, or corpus or manifest are not those the run was started
+            with.
     """
     if not folder.resumes:
         return Progress(), []
@@ -236,6 +249,12 @@ def restore(
             f"the corpus in {corpus.folder} is not the one this run was started with, so its "
             "rows would be "
             "others; restore the text as it was, or start a new run"
+        )
+    if changed := differences(saved.manifest, manifest.document):
+        raise CheckpointError(
+            "muP scales this model otherwise than the one of the checkpoint, whose weights were "
+            f"trained for the old scale: {'; '.join(changed)}; restore the settings under [mup] "
+            "and [model], or start a new run"
         )
     # A broken newer step stands in the way of saving that step again.
     if state.world.is_main:

@@ -17,14 +17,21 @@ from interlace.trainer.batches import Batch, StepBatches
 from interlace.trainer.checkpoint.failpoints import failpoint
 from interlace.trainer.checkpoint.state import Progress, TrainingState, save
 from interlace.trainer.config.schema import RunConfig
-from interlace.trainer.diagnostics import Diagnostic
+from interlace.trainer.diagnostics import (
+    AskedAfterUpdate,
+    AskedEveryStep,
+    Diagnostic,
+    Draws,
+    TakesLosses,
+)
 from interlace.trainer.errors import NumericsError, SaveError
 from interlace.trainer.evidence import save_evidence
 from interlace.trainer.models.model import Model
+from interlace.trainer.mup.manifest import Manifest
 from interlace.trainer.objectives import Loss, Objective
 from interlace.trainer.observe.console import Console, is_logged
 from interlace.trainer.observe.expert_load import describe_loads
-from interlace.trainer.observe.metrics import MetricsWriter, StepRecord
+from interlace.trainer.observe.metrics import Histogram, MetricsWriter, StepRecord
 from interlace.trainer.optimizer import set_learning_rate
 from interlace.trainer.plan import Plan
 from interlace.trainer.run_folder import RunFolder
@@ -46,6 +53,7 @@ class Parts:
     attempt: int
     corpus_digest: str
     batches: StepBatches
+    manifest: Manifest
     model: Model
     objective: Objective
     state: TrainingState
@@ -95,6 +103,7 @@ class StepNotes:
     skipped: bool = False
     details: dict[str, float] = field(default_factory=dict[str, float])
     expert_loads: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+    histograms: dict[str, Histogram] = field(default_factory=dict[str, Histogram])
     validation: Validation | None = None
     started: float = field(default_factory=time.perf_counter)
 
@@ -119,6 +128,9 @@ class Run:
         self.saved_step = progress.step
         self.last_validation_loss: float | None = None
         self.notes = StepNotes()
+        for diagnostic in parts.diagnostics:
+            if isinstance(diagnostic, TakesLosses):
+                diagnostic.provide(parts.objective, parts.batches)
 
     @property
     def folder(self) -> RunFolder:
@@ -168,10 +180,21 @@ class Run:
         return self.parts.state.optimizer.gradient_norm()
 
     def diagnose(self, step: int) -> None:
-        """Ask the recipe's diagnostics about a step whose line will be printed."""
-        if is_logged(step + 1, self.plan.steps, self.parts.config.observe.log_every_steps):
-            for diagnostic in self.parts.diagnostics:
+        """Ask the recipe's diagnostics about a gradient: about that of every step, or of those
+        whose line will be printed.
+        """
+        logged = is_logged(step + 1, self.plan.steps, self.parts.config.observe.log_every_steps)
+        for diagnostic in self.parts.diagnostics:
+            if logged or isinstance(diagnostic, AskedEveryStep):
                 self.notes.details.update(diagnostic.after_backward(step + 1))
+                if isinstance(diagnostic, Draws):
+                    self.notes.histograms.update(diagnostic.histograms())
+
+    def diagnose_update(self, step: int) -> None:
+        """Ask those diagnostics that look at updates."""
+        for diagnostic in self.parts.diagnostics:
+            if isinstance(diagnostic, AskedAfterUpdate):
+                self.notes.details.update(diagnostic.after_update(step + 1))
 
     def update_or_skip(self, step: int, batch_loss: float, norm: float) -> None:
         """Clip and update; leave a step out whose loss or gradient is not finite, on all ranks
@@ -192,6 +215,7 @@ class Run:
         if bad:
             self.report_bad_step(step, batch_loss, norm)
         optimizer.zero_grad()
+        self.diagnose_update(step)
 
     def report_bad_step(self, step: int, loss: float, norm: float) -> None:
         """Tell of a skipped step; stop the run when there were too many."""
@@ -237,6 +261,7 @@ class Run:
             return
         record = self.record()
         self.metrics.write(record)
+        self.metrics.write_histograms(self.notes.histograms, record.step)
         self.console.step(record)
 
     def record(self) -> StepRecord:
@@ -293,6 +318,7 @@ class Run:
             "config": parts.config.model_dump(mode="json"),
             "corpus_digest": parts.corpus_digest,
             "vocabulary_size": self.plan.vocabulary_size,
+            "manifest": parts.manifest.document,
         }
         try:
             save(self.folder.store, parts.attempt, parts.state, scalars, self.progress)
