@@ -266,8 +266,8 @@ def sgd(
 def signum(
     gradient, master, buffer, weight, remainder, scale, scalars, before, after, position, keys
 ):  # fmt: skip
-    """Update one range; see `Signum.scalars` for the scalars (float32), `sgd` for the rest."""
-    keep, momentum, lr = scalars
+    """Update one range; arguments as of `sgd`."""
+    keep, _, momentum, _, _, lr = scalars
     count = np.int64(0)
     for i in range(gradient.shape[0]):
         raw = read(gradient, i) * scale

@@ -285,9 +285,10 @@ class Signum:
         return {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
 
     def scalars(self, number: int, hyper: Mapping[str, Any]) -> tuple[float, ...]:
-        """Return keep, momentum, lr."""
+        """Return those of decoupled SGD that does not look ahead."""
         lr = float(hyper["lr"])
-        return 1.0 - lr * hyper["weight_decay"], momentum_in(hyper, self.moments), lr
+        keep, momentum = 1.0 - lr * hyper["weight_decay"], momentum_in(hyper, self.moments)
+        return keep, 0.0, momentum, 0.0, 1.0, lr
 
     def plain(
         self,

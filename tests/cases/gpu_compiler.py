@@ -211,7 +211,7 @@ def updates() -> None:
     """Launch the kernels of the optimizer for slabs of every form."""
     from interlace.kernels.update.gpu import sum_of_squares_on_gpu, update_on_gpu
 
-    for rule in RULES:
+    for rule in RULES.values():
         for form in FORMS:
             slab = make_slab(form, rule, 5000)
             update_on_gpu(rule, slab, a_step(rule), 0)

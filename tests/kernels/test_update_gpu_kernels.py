@@ -5,7 +5,6 @@ touched beside them.
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from interpreter_cases import counted_bytes, shuffled_programs
 from slab_cases import FORMS, RULES, a_step, copy_of, make_slab, padded, same_bits
 
-from interlace.kernels.update import Slab, UpdateRule, sum_of_squares, update
+from interlace.kernels.update import Slab, Step, UpdateRule, sum_of_squares, update
 from interlace.offload.schedule import Footprint
 
 pytest.importorskip("triton")
@@ -25,11 +24,11 @@ EACH_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 EACH_FORM = pytest.mark.parametrize("form", FORMS)
 
 
-def update_by_triton(rule: UpdateRule, slab: Slab, number: int = 3) -> None:
+def update_by_triton(rule: UpdateRule, slab: Slab, number: int = 3) -> int:
     from interlace.kernels.update.gpu import update_on_gpu
 
     step = a_step(rule, number)
-    update_on_gpu(rule, slab, step, step.first_element)
+    return int(update_on_gpu(rule, slab, step, step.first_element))
 
 
 @EACH_RULE
@@ -38,8 +37,8 @@ def test_the_bits_are_the_cpu_s(rule: UpdateRule, form: str) -> None:
     for elements in (1, 1023, 1024, 2500):
         ours = make_slab(form, rule, elements)
         theirs = copy_of(ours)
-        update(rule, ours, a_step(rule))
-        update_by_triton(rule, theirs)
+        cut = update(rule, ours, a_step(rule))
+        assert update_by_triton(rule, theirs) == cut
         assert same_bits(ours, theirs)
 
 
@@ -50,9 +49,9 @@ def test_the_order_of_programs_and_what_lies_beside_the_slab_do_not_matter(
 ) -> None:
     ours = make_slab(form, rule, 3 * 1024 + 17)
     theirs, intact = padded(ours)
-    update(rule, ours, a_step(rule))
+    cut = update(rule, ours, a_step(rule))
     with shuffled_programs(seed=1):
-        update_by_triton(rule, theirs)
+        assert update_by_triton(rule, theirs) == cut
     assert same_bits(ours, theirs)
     assert intact()
 
@@ -65,21 +64,43 @@ def test_many_slabs_in_one_launch_are_each_updated_as_alone(rule: UpdateRule, fo
     sizes = [1, 1024, 17, 2049, 1025]
     alone = [make_slab(form, rule, size, seed=n) for n, size in enumerate(sizes)]
     together, intact = zip(*(padded(slab) for slab in alone), strict=True)
-    # The last position is beyond 32 bits.
-    positions = [0, 5, 2**31, 2**32 - 7, 2**32 + 1]
-    for slab, position in zip(alone, positions, strict=True):
-        update(rule, slab, replace(a_step(rule), first_element=position))
+    steps = steps_that_differ(rule)
+    cut = [update(rule, slab, step) for slab, step in zip(alone, steps, strict=True)]
     with counted_bytes() as memory, shuffled_programs(seed=3):
-        update_many_on_gpu(rule, together, a_step(rule), positions)
+        found = update_many_on_gpu(rule, together, steps)
+    assert [int(count) for count in found] == cut
     assert all(same_bits(one, other) for one, other in zip(alone, together, strict=True))
     assert all(untouched() for untouched in intact)
     slab = alone[0]
     tensors = (slab.gradient, slab.master, *slab.moments, slab.remainder)
     read = sum(tensor.element_size() for tensor in tensors if tensor is not None)
     blocks = sum(-(-size // 1024) for size in sizes)
-    # Beside the slabs, one row of addresses a block.
-    entries = 6 + len(slab.moments)
-    assert memory.loaded == sum(sizes) * read + 8 * entries * blocks
+    # Beside the slabs, for each block a row of addresses and one of scalars.
+    entries, scalars = (9, 12) if rule.name == "adamw" else (8, 9)
+    assert memory.loaded == sum(sizes) * read + (8 * entries + 4 * scalars) * blocks
+
+
+def steps_that_differ(rule: UpdateRule) -> list[Step]:
+    """Return five steps of different numbers and hyperparameters, and positions beyond 32 bits."""
+    step = a_step(rule)
+    changes: list[dict[str, float]] = [
+        {},
+        {"lr": 0.5, "weight_decay": 0.3},
+        {"eps": 0.1, "threshold": 0.1},
+        {"threshold": torch.inf, "lr": 2.0},
+        {},
+    ]
+    return [
+        Step(number, scale, step.hyper | change, seed, position)
+        for change, number, scale, seed, position in zip(
+            changes,
+            (3, 1, 3, 700, 3),
+            (0.7, 0.7, 1.0, 0.7, 0.7),
+            (1, 1, 2, 1, 1),
+            (0, 5, 2**31, 2**32 - 7, 2**32 + 1),
+            strict=True,
+        )
+    ]
 
 
 @EACH_RULE
@@ -141,24 +162,37 @@ COMPILE = """
 import re
 from compile_cases import ptx_of
 from interlace.kernels.update import gpu
-integers = {"count": "i32", "position": "i32", "key1": "i32", "key2": "i32", "table": "*i64"}
+integers = {"count": "i32", "position": "i32", "key1": "i32", "key2": "i32"}
+tables = {"table": "*i64", "scalars": "*i32", "counter": "*i64"}
 state = {"gradient": "*bf16", "master": "*fp32", "first": "*fp32", "second": "*fp32"}
 state |= {"buffer": "*fp32", "weight": "*bf16", "remainder": "*i16"}
 block = {"block": gpu.BLOCK}
+plain = {"split": False, "writes": True, "many": False, "stage": 0, **block}
+momentum = {"signs": False, "keeps": True, **plain}
 cases = [
-    (kernel, state | integers, {"split": False, "writes": True, "many": many, **block})
-    for kernel in (gpu.adamw, gpu.sgd)
-    for many in (False, True)
+    (gpu.adamw, plain),
+    (gpu.adamw, plain | {"many": True, "stage": 1}),
+    (gpu.adamw, plain | {"stage": 1}),
+    (gpu.adamw, plain | {"stage": 2}),
+    (gpu.sgd, momentum),
+    (gpu.sgd, momentum | {"many": True, "stage": 2}),
+    (gpu.sgd, momentum | {"stage": 1}),
+    (gpu.sgd, momentum | {"stage": 2, "signs": True}),
+    (gpu.sgd, momentum | {"stage": 1, "keeps": False}),
 ]
+types = state | integers | tables
 sums = {"values": "*bf16", "partial": "*fp64", "count": "i32"}
-cases.append((gpu.squares, sums, {"turns": 4, **block}))
 for capability in (80, 90):
-    for kernel, types, constants in cases:
-        options = {} if kernel is gpu.squares else {"enable_fp_fusion": False}
+    for kernel, constants in cases:
+        options = {"enable_fp_fusion": False}
         ptx = ptx_of(kernel, types, constants, capability=capability, options=options)
         wide = [len(re.findall(rf"{way}.global.v4.b32", ptx)) for way in ("ld", "st")]
         fused = len(re.findall(r"fma.rn.f32|(?:div|sqrt).(?:approx|full)", ptx))
-        print(kernel.__name__, constants.get("many"), *wide, fused)
+        names = [name for name in ("many", "stage", "signs") if constants.get(name)]
+        counts = len(re.findall(r"(?:atom|red)\\S*.add.u64", ptx))
+        print(kernel.__name__, *names, *wide, fused, counts)
+    ptx = ptx_of(gpu.squares, sums, {"turns": 4, **block}, capability=capability, options={})
+    print("squares", len(re.findall("ld.global.v4.b32", ptx)))
 """
 
 
@@ -178,10 +212,17 @@ def test_the_kernels_compile_for_a_gpu_and_move_16_bytes_at_a_time(tmp_path: Pat
     )
     expected = [
         # Gradient and three of state in; three of state and the weight out: 28 bytes an element.
-        "adamw False 7 7 0",
-        "adamw True 0 0 0",
-        "sgd False 5 5 0",
-        "sgd True 0 0 0",
-        "squares None 4 0 0",
+        # Nothing fused; with a clip one addition to a counter, for whole blocks and for the last.
+        "adamw 7 7 0 0",
+        "adamw many stage 0 0 0 2",
+        "adamw stage 7 7 0 2",
+        "adamw stage 7 7 0 2",
+        "sgd 5 5 0 0",
+        "sgd many stage 0 0 0 2",
+        "sgd stage 5 5 0 2",
+        "sgd stage signs 5 5 0 2",
+        # No momentum, and no state but the master.
+        "sgd stage 3 3 0 2",
+        "squares 4",
     ]
     assert done.stdout.splitlines() == 2 * expected, done.stderr[-2000:]
