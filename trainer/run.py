@@ -32,7 +32,7 @@ from interlace.trainer.objectives import Loss, Objective
 from interlace.trainer.observe.console import Console, is_logged
 from interlace.trainer.observe.expert_load import describe_loads
 from interlace.trainer.observe.metrics import Histogram, MetricsWriter, StepRecord
-from interlace.trainer.optimizer import set_learning_rate
+from interlace.trainer.optimizer import check_rates, set_learning_rate
 from interlace.trainer.plan import Plan
 from interlace.trainer.run_folder import RunFolder
 from interlace.trainer.schedules import learning_rate
@@ -181,9 +181,11 @@ class Run:
 
     def diagnose(self, step: int) -> None:
         """Ask the recipe's diagnostics about a gradient: about that of every step, or of those
-        whose line will be printed.
+        whose line will be printed. With these, see that every group still has its learning rate.
         """
         logged = is_logged(step + 1, self.plan.steps, self.parts.config.observe.log_every_steps)
+        if logged:
+            check_rates(self.parts.state.optimizer, self.notes.rate)
         for diagnostic in self.parts.diagnostics:
             if logged or isinstance(diagnostic, AskedEveryStep):
                 self.notes.details.update(diagnostic.after_backward(step + 1))
