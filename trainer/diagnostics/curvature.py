@@ -2,9 +2,9 @@
 
 Of the gradient g, kept as a graph, the slope <g, v> is differentiated once more: that is H v, at
 the cost of one further backward pass and without the Hessian (Pearlmutter 1994, Fast exact
-multiplication by the Hessian). Attention is asked for its second derivative (`order=2`), compiled
-layers run uncompiled, and everything is in fp32 whatever the run computes in: in bfloat16 a second
-derivative is mostly rounding.
+multiplication by the Hessian). Attention is asked for its second derivative (`order=2`), and
+everything is in fp32 whatever the run computes in: in bfloat16 a second derivative is mostly
+rounding.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -70,7 +70,7 @@ class CurvatureProbe(nn.Module):
         directions: Mapping[str, Direction],
     ) -> dict[str, float]:
         """Return the quadratic forms of a batch's loss; all derivatives are taken in here, so that
-        layers which recompute their forward pass find the same weights.
+        a backward pass that computes something again (the head does) finds the same weights.
         """
         loss = self.objective.loss(self.model, batch).objective
         return quadratic_forms(loss, parameters, directions)
@@ -108,7 +108,10 @@ def curvature_along(
 
 @contextmanager
 def twice_differentiable(model: Model, dtype: torch.dtype) -> Generator[None]:
-    """Let every block compute in a dtype and with kernels that have a second derivative."""
+    """Let every block compute in a dtype and with kernels that have a second derivative, and every
+    layer run as it is written: what `torch.compile` and selective recomputation make of it can be
+    differentiated once.
+    """
 
     def ask_for_second(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(
@@ -118,11 +121,13 @@ def twice_differentiable(model: Model, dtype: torch.dtype) -> Generator[None]:
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     handles = [block.register_forward_pre_hook(ask_for_second) for block in blocks]
     usual, model.compute_dtype = model.compute_dtype, dtype
+    wrapped = [(unit, unit.__dict__.pop("forward", None)) for unit in model.units]
     try:
-        # torch.compile makes graphs that can be differentiated once.
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
+        for unit, forward in wrapped:
+            if forward is not None:
+                object.__setattr__(unit, "forward", forward)
         model.compute_dtype = usual
         for handle in handles:
             handle.remove()

@@ -13,9 +13,11 @@ import torch
 
 from interlace.kernels.update import UpdateRule
 from interlace.offload.optimizer import OffloadedOptimizer
+from interlace.trainer.config.clip_checks import largest_norm
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.model import Model
+from interlace.trainer.mup.manifest import manifest_of
 from interlace.trainer.optimizer import parameter_groups
 from interlace.trainer.rules import rule_of
 
@@ -104,12 +106,13 @@ def blocks_of(hyper: Mapping[str, Any], rows: int) -> list[tuple[slice, dict[str
 
 def shadow_of(name: str, model: Model, config: RunConfig) -> Shadow:
     """Return the shadow of a rule by its name in recipes, with a recipe's other settings."""
-    optimizer = config.optimizer.model_copy(update={"rule": name})
-    rule = rule_of(optimizer)
-    groups = parameter_groups(model, optimizer)
-    for group in groups:
-        group["lr"] = optimizer.peak_lr * float(str(group.pop("rate_factor", 1.0)))
-    return Shadow(rule, groups, optimizer.clip or None)
+    own = config.model_copy(
+        update={"optimizer": config.optimizer.model_copy(update={"rule": name})}
+    )
+    rule = rule_of(own)
+    manifest = manifest_of(own, model.embedding.num_embeddings)
+    groups = parameter_groups(model, rule.hyperparameters(), manifest)
+    return Shadow(rule, groups, largest_norm(own))
 
 
 def refuse_early_updates(optimizer: OffloadedOptimizer, name: str) -> None:
