@@ -172,6 +172,13 @@ def bench(arguments: Namespace) -> int:
     return longctx(arguments, progress_line("rounds"))
 
 
+def sweep(arguments: Namespace) -> int:
+    """Find the best learning rate at several widths, and whether it transfers."""
+    from interlace.launch.sweep.command import sweep as run_sweep
+
+    return run_sweep(arguments)
+
+
 def doctor(arguments: Namespace) -> int:
     """Tell what this machine has, and which attention a recipe takes on it."""
     recipe = load_recipe(arguments.recipe, arguments.overrides) if arguments.recipe else None
