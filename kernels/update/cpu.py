@@ -299,6 +299,15 @@ def add(total, values):
         total[i] += read(values, i)
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def magnitudes(values, scale, counts):
+    """Add 1 to the bin of every magnitude that is neither 0 nor infinite; see `histogram`."""
+    for i in range(values.shape[0]):
+        bits = np.uint32(bits_of(read(values, i) * scale) & np.uint32(0x7FFFFFFF))
+        if bits != 0 and bits < np.uint32(0x7F800000):
+            counts[bits >> np.uint32(20)] += 1
+
+
 KERNELS = {"adamw": adamw, "sgd": sgd, "signum": signum}
 
 STATE = {"adamw": 2, "sgd": 1, "signum": 1}
