@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from interlace.kernels.update import magnitude_histogram, quantile_of
+from interlace.kernels.update.histogram import magnitude_histogram, quantile_of
 from interlace.trainer.checkpoint.state import TrainingState
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.diagnostics import diagnostic
