@@ -2,20 +2,24 @@
 
 Only weights are taken over, not the optimizer's state nor the position in the corpus. Every tensor
 must have the shape it has in the recipe, and the tokenizers must be the same, since rows of the
-embedding are tokens. Every rank reads the whole model into host memory for a moment and keeps its
-part.
+embedding are tokens. So must be the numbers that modules multiply with under muP: the same weights
+with other multipliers are another model. Every rank reads the whole model into host memory for a
+moment and keeps its part.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from interlace.trainer.config.problems import show
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.data.tokenizers import Tokenizer
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.model import Model, fill
-from interlace.trainer.saved_model import load_saved_model
+from interlace.trainer.mup.manifest import manifest_of
+from interlace.trainer.saved_model import SavedModel, load_saved_model
 
 
 @torch.no_grad()
@@ -31,7 +35,8 @@ def start_from(model: Model, config: RunConfig, tokenizer: Tokenizer) -> str | N
         A note for a person, or None where the recipe starts afresh.
 
     Raises:
-        ConfigError: Tokenizer or shapes differ; the message names the first tensor that does.
+        ConfigError: Tokenizer, shapes or forward multipliers differ; the message names the first
+            tensor or module that does.
     """
     if not config.run.start_from:
         return None
@@ -40,6 +45,7 @@ def start_from(model: Model, config: RunConfig, tokenizer: Tokenizer) -> str | N
     weights = saved.model.state_dict()
     own = model.state_dict()
     check_shapes(config, weights, own)
+    check_multipliers(config, saved, model)
     for name, tensor in own.items():
         fill(tensor, weights[name])
     return f"weights of {config.run.start_from} (step {saved.step})"
@@ -94,3 +100,34 @@ def check_shapes(
     left = [name for name in saved if name not in model]
     if left:
         raise ConfigError([f"{where}: has {left[0]}, which this recipe's model has not; {remedy}"])
+
+
+def check_multipliers(config: RunConfig, saved: SavedModel, model: Model) -> None:
+    """Raise `ConfigError` naming the first module that multiplies with another number than the
+    weights were trained with.
+    """
+    entries = model.embedding.weight.shape[0]
+    recipes = (saved.config, config)
+    paths = [path for recipe in recipes for path in manifest_of(recipe, entries).multipliers]
+    for path in dict.fromkeys(paths):
+        owner, _, name = path.rpartition(".")
+        there, here = (getattr(each.get_submodule(owner), name) for each in (saved.model, model))
+        if not math.isclose(there, here, rel_tol=1e-12):
+            raise ConfigError(
+                [
+                    f"run.start_from={config.run.start_from}: was trained with {path}={there:g}, "
+                    f"and this recipe has {here:g}, so the same weights would be another model; "
+                    f"type {remedy_of(saved.config, config)}"
+                ]
+            )
+
+
+def remedy_of(saved: RunConfig, config: RunConfig) -> str:
+    """Return the settings under `[mup]` that saved weights were trained with, where they differ."""
+    if not saved.mup.enabled:
+        return "mup.enabled=false"
+    there, here = saved.mup.model_dump(), config.mup.model_dump()
+    kept = ["enabled", "base_width", "base_layers", "grows", "without"]
+    differ = {key: there[key] for key in kept if there[key] != here[key]}
+    typed = [f"mup.{key}={'none' if v is None else show(v)}" for key, v in differ.items()]
+    return " ".join(typed) or "the [model] settings of that model"

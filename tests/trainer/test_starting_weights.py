@@ -10,12 +10,15 @@ from foreign_cases import saved
 from safetensors.torch import load_file, save_file
 
 from interlace.trainer.config.model_section import ModelSection
+from interlace.trainer.config.mup_section import MupSection
 from interlace.trainer.config.schema import DataSection, RunConfig, RunSection
 from interlace.trainer.data.tokenizers import byte_tokenizer, train_bpe
 from interlace.trainer.errors import CheckpointError, ConfigError
 from interlace.trainer.interop.writing import export_hf
 from interlace.trainer.model_folder import write_model_folder
 from interlace.trainer.models.language_model import LanguageModel
+from interlace.trainer.mup.manifest import manifest_of
+from interlace.trainer.mup.parametrise import parametrise
 from interlace.trainer.saved_model import load_saved_model
 from interlace.trainer.starting_weights import start_from
 
@@ -126,6 +129,84 @@ def test_a_file_of_other_tensors_is_no_model(folder: Path) -> None:
     save_file({"other": torch.zeros(2)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"its weights have no embedding\.weight"):
         load_saved_model(folder)
+
+
+def under_mup(**settings: object) -> MupSection:
+    return MupSection.model_validate({"enabled": True, **settings})
+
+
+@pytest.fixture
+def narrow_born(tmp_path: Path) -> Path:
+    """A model folder of `SHAPE` whose settings are carried over from width 16 and one layer."""
+    target = tmp_path / "born"
+    target.mkdir()
+    config = RunConfig(model=SHAPE, mup=under_mup(base_width=16, base_layers=1))
+    model = parametrised(config)
+    write_model_folder(model.state_dict(), config, byte_tokenizer(), target, description="one")
+    return target
+
+
+def parametrised(config: RunConfig) -> LanguageModel:
+    model = LanguageModel(config.model, 257)
+    manifest = manifest_of(config, 257)
+    parametrise(model, manifest)
+    model.initialise(9, manifest.rescale)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("mup", "message"),
+    [
+        (
+            under_mup(base_width=32, base_layers=1),
+            "norm.multiplier=0.5, and this recipe has 1, so the same weights would be another "
+            "model; type mup.base_width=16",
+        ),
+        (
+            under_mup(base_width=16),
+            "layers.0.blocks.0.multiplier=0.5, and this recipe has 1, so the same weights would "
+            "be another model; type mup.base_layers=1",
+        ),
+        (
+            MupSection(),
+            "norm.multiplier=0.5, and this recipe has 1, so the same weights would be another "
+            "model; type mup.enabled=true mup.base_width=16 mup.base_layers=1",
+        ),
+    ],
+)
+def test_weights_that_were_trained_with_other_multipliers_are_refused(
+    mup: MupSection, message: str, narrow_born: Path
+) -> None:
+    config = RunConfig(model=SHAPE, run=RunSection(start_from=str(narrow_born)), mup=mup)
+    with pytest.raises(ConfigError) as caught:
+        start_from(parametrised(config), config, byte_tokenizer())
+    assert str(caught.value) == f"run.start_from={narrow_born}: was trained with {message}"
+
+
+def test_weights_go_on_with_the_multipliers_they_were_trained_with(
+    narrow_born: Path, folder: Path
+) -> None:
+    base = under_mup(base_width=16, base_layers=1, zero_query=True)
+    config = RunConfig(model=SHAPE, run=RunSection(start_from=str(narrow_born)), mup=base)
+    assert start_from(parametrised(config), config, byte_tokenizer())
+    # Where the width is its own base all multipliers are one, as without muP.
+    own = RunConfig(
+        model=SHAPE,
+        run=RunSection(start_from=str(folder)),
+        mup=under_mup(base_width=32, grows="head_width"),
+    )
+    assert start_from(parametrised(own), own, byte_tokenizer())
+
+
+def test_weights_of_a_model_without_multipliers_are_refused_where_there_are_some(
+    folder: Path,
+) -> None:
+    config = RunConfig(
+        model=SHAPE, run=RunSection(start_from=str(folder)), mup=under_mup(base_width=16)
+    )
+    with pytest.raises(ConfigError, match=r"norm\.multiplier=1, and this recipe has 0\.5.*") as at:
+        start_from(parametrised(config), config, byte_tokenizer())
+    assert str(at.value).endswith("type mup.enabled=false")
 
 
 @pytest.mark.long
