@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from interlace.trainer.assembly import open_run
 from interlace.trainer.config import RunConfig, load_recipe
+from interlace.trainer.config.clip_checks import largest_norm
 from interlace.trainer.run import Run
 from interlace.trainer.world import World
 
@@ -99,6 +100,7 @@ class BareLoop:
     def __init__(self, run: Run) -> None:
         config = run.parts.config
         self.run, self.settings = run, config.optimizer
+        self.limit = largest_norm(config) or math.inf
         self.model = BareModel(config, run.plan.vocabulary_size).to(run.parts.world.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -116,7 +118,7 @@ class BareLoop:
             logits = self.model(batch.tokens, batch.segments, batch.positions)
             loss = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
             (loss / self.run.plan.accumulation).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.limit)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.item()

@@ -48,7 +48,7 @@ class CpuPool:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self._homes.popleft())
 
-    def over_range(self, elements: int, work: Callable[[int, int], None]) -> None:
+    def over_range(self, elements: int, work: Callable[[int, int], object]) -> None:
         """Call `work(start, stop)` on every thread's share of `range(elements)` and wait.
 
         Shares are the same for the same number of elements, so that the thread that first touches

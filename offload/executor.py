@@ -7,48 +7,85 @@ element goes through the same arithmetic in the same order wherever it is update
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from interlace.kernels.update import Slab, Step, update, update_many
+from interlace.kernels.update.histogram import magnitude_histogram
+from interlace.kernels.update.limit import Count
 from interlace.offload.lanes import Lanes, Ticket
 from interlace.offload.schedule import Home
+from interlace.offload.segments import Segment, merged, segments_of
 from interlace.offload.subgroup import MASTER, REMAINDER, Member, SubgroupState, version_of
+
+
+@dataclass
+class Findings:
+    """What an update learns of the gradients it uses, filled by who updates.
+
+    Attributes:
+        clipped: Segments and how many of their coordinates were clipped, several parts of one among
+            them; numbers of a device are read when somebody wants them.
+        histograms: Segments and the magnitudes in a part of their gradient.
+    """
+
+    clipped: list[tuple[Segment, Count]] = field(default_factory=list[tuple[Segment, Count]])
+    histograms: list[tuple[Segment, torch.Tensor]] = field(
+        default_factory=list[tuple[Segment, torch.Tensor]]
+    )
 
 
 @dataclass(frozen=True)
 class Work:
-    """One subgroup's update: hyperparameters as they were when it was launched."""
+    """One subgroup's update: hyperparameters as they were when it was launched.
+
+    Attributes:
+        subgroup: What is updated.
+        scale: Gradients are multiplied by this first.
+        segments: Runs of elements that are updated alike.
+        arrived: Parameters whose gradient came.
+        findings: Where the rule clips coordinates, what is learnt of them.
+    """
 
     subgroup: SubgroupState
     scale: float
-    hyper: Mapping[str, object]
-    runs: tuple[tuple[int, int, int], ...]
+    segments: tuple[Segment, ...]
     arrived: tuple[Member, ...]
+    findings: Findings | None
 
     @classmethod
-    def of(cls, subgroup: SubgroupState, scale: float) -> "Work":
-        """Take a snapshot of what the update depends on."""
-        # Schedulers write new rates into the same tensor, and the update reads them later.
-        hyper = {
-            key: value.item() if isinstance(value, torch.Tensor) else value
-            for key, value in subgroup.group.items()
-            if key not in ("params", "param_names")
-        }
+    def of(cls, subgroup: SubgroupState, scale: float, threshold: float | None = None) -> "Work":
+        """Take a snapshot of what the update depends on; see `segments_of` for the threshold."""
+        segments = segments_of(subgroup, threshold)
+        # What was clipped is told of every parameter; and a device has their weights one by one.
+        findings = Findings() if subgroup.layout.clips_coordinates else None
+        if findings is None and subgroup.home is Home.HOST:
+            segments = merged(segments)
         arrived = tuple(member for member in subgroup.members if member.arrivals)
-        return cls(subgroup, scale, hyper, tuple(subgroup.runs()), arrived)
+        return cls(subgroup, scale, tuple(segments), arrived, findings)
 
-    def step(self, number: int, first_element: int) -> Step:
-        """Return the scalars of the update after `number` updates."""
+    def step(self, segment: Segment, start: int) -> Step:
+        """Return the scalars of a segment's update, for the part that begins at `start`."""
         return Step(
-            number=number + 1,
+            number=segment.number,
             gradient_scale=self.scale,
-            hyper=self.hyper,
+            hyper=segment.hyper,
             rounding_seed=self.subgroup.rounding_seed,
-            first_element=first_element,
+            first_element=self.subgroup.first_element + start,
         )
+
+    def measure(self, segment: Segment, gradient: torch.Tensor) -> None:
+        """Where thresholds follow the gradient, measure a part of it (1-D)."""
+        if self.findings is not None and self.subgroup.layout.learns_thresholds:
+            found = magnitude_histogram(gradient, self.scale)
+            self.findings.histograms.append((segment, found))
+
+    def count(self, segment: Segment, clipped: Count) -> None:
+        """Take note of clipped coordinates; many threads do."""
+        if self.findings is not None:
+            self.findings.clipped.append((segment, clipped))
 
 
 ALIGNMENT = 256
@@ -162,11 +199,13 @@ class Executor:
         )
 
         def share(start: int, stop: int) -> None:
-            for first, last, number in work.runs:
-                low, high = max(start, first), min(stop, last)
+            for segment in work.segments:
+                low, high = max(start, segment.start), min(stop, segment.stop)
                 if low < high:
-                    step = work.step(number, subgroup.first_element)
-                    update(subgroup.layout.rule, slab, step, start=low, stop=high)
+                    work.measure(segment, slab.gradient[low:high])
+                    step = work.step(segment, 0)
+                    cut = update(subgroup.layout.rule, slab, step, start=low, stop=high)
+                    work.count(segment, cut)
 
         self.lanes.pool.over_range(subgroup.elements, share)
 
@@ -223,26 +262,31 @@ def update_members(work: Work, slabs: Mapping[str, torch.Tensor]) -> None:
     """Update every parameter of a subgroup on the device, writing its weight directly; short ones
     share a launch.
     """
-    subgroup = work.subgroup
-    members = [member for member in work.arrived if member.start < member.stop]
-    pieces: list[Slab] = []
-    steps: list[Step] = []
-    for member in members:
-        piece = slice(member.start, member.stop)
-        pieces.append(
-            Slab(
-                gradient=subgroup.gradient[piece],
-                master=slabs[MASTER][piece] if MASTER in slabs else member.weight,
-                moments=tuple(slabs[name][piece] for name in subgroup.layout.rule.moments),
-                weight=member.weight if MASTER in slabs else None,
-                remainder=slabs[REMAINDER][piece] if REMAINDER in slabs else None,
-            )
-        )
-        number = next(done for start, stop, done in work.runs if start <= member.start < stop)
-        steps.append(work.step(number, subgroup.first_element + member.start))
-    update_many(subgroup.layout.rule, pieces, steps)
-    for member in members:
+    subgroup, rule = work.subgroup, work.subgroup.layout.rule
+    pieces = [device_piece(subgroup, segment, slabs) for segment in work.segments]
+    steps = [work.step(segment, segment.start) for segment in work.segments]
+    for segment, piece in zip(work.segments, pieces, strict=True):
+        work.measure(segment, piece.gradient)
+    for segment, cut in zip(work.segments, update_many(rule, pieces, steps), strict=True):
+        work.count(segment, cut)
+    for member in work.arrived:
         member.version = version_of(member.parameter)
+
+
+def device_piece(
+    subgroup: SubgroupState, segment: Segment, slabs: Mapping[str, torch.Tensor]
+) -> Slab:
+    """Return the slab of one segment, given a subgroup's slabs on the device."""
+    piece = slice(segment.start, segment.stop)
+    first = segment.member.start
+    weight = segment.member.weight[segment.start - first : segment.stop - first]
+    return Slab(
+        gradient=subgroup.gradient[piece],
+        master=slabs[MASTER][piece] if MASTER in slabs else weight,
+        moments=tuple(slabs[name][piece] for name in subgroup.layout.rule.moments),
+        weight=weight if MASTER in slabs else None,
+        remainder=slabs[REMAINDER][piece] if REMAINDER in slabs else None,
+    )
 
 
 def upload_weights(work: Work) -> None:

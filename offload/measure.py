@@ -124,7 +124,7 @@ class Measurement:
             }
         )
 
-    def seconds(self, work: Callable[[], None]) -> float:
+    def seconds(self, work: Callable[[], object]) -> float:
         """Return the median time of some work, the device's part included."""
         times: list[float] = []
         for _ in range(self.trials + 1):

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from interlace.kernels.update import AdamW, UpdateRule
+from interlace.offload.clipping import Clipping
 from interlace.offload.cores import CpuPool
 from interlace.offload.executor import Executor, Work
 from interlace.offload.forward import wait_around_state_dicts, wait_in_forward
@@ -32,6 +33,7 @@ from interlace.offload.options import (
     Overlap,
     check_arguments,
     check_parameter,
+    check_step,
     device_of,
     layout_of,
     listed,
@@ -42,6 +44,7 @@ from interlace.offload.persistence import checked, load_state
 from interlace.offload.placement import Placement
 from interlace.offload.report import UpdateReport
 from interlace.offload.roster import Roster
+from interlace.offload.row_blocks import check_row_blocks
 from interlace.offload.schedule import Home, MemoryBudget, Schedule, Strategy
 from interlace.offload.step import (
     Health,
@@ -131,6 +134,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         layout = layout_of(self.rule, options)
         self._roster = Roster(model, layout, host, options.subgroup_elements)
         self._health = Health(self._roster.settle)
+        self._clipping = Clipping(self.rule, self._roster)
         self.placement = Placement(lanes.device, self.strategy, budget, profile, options)
         self.monitor = Monitor(lanes, self.placement.profile, options.recalibrate)
         self._gradients = Gradients(lanes, host, weakly(self._gradient_came))
@@ -155,6 +159,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         try:
             for parameter in group["params"]:
                 check_parameter(parameter, self._lanes.device)
+                check_row_blocks(group, parameter)
             # While the optimizer is constructed all groups are placed together afterwards.
             if self._constructed:
                 self._adopt()
@@ -229,6 +234,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if self._step.begun:
             return
         self._step.begun = True
+        self.finish_step()
         self.finish_report()
         self._homes.relieve()
         self.monitor.begin()
@@ -243,7 +249,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             for member in subgroup.members
             if member.parameter.requires_grad
         )
-        if complete and all_finite(subgroup):
+        # What guards itself need not be looked at, which waits for the device.
+        if complete and (self.guards or all_finite(subgroup)):
             self._launch(subgroup, 1.0)
 
     def gradient_norm(self) -> float:
@@ -295,6 +302,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             raise RuntimeError(undroppable(len(self._step.launched), len(self.subgroups)))
         self._step = self._roster.next_step()
 
+    @property
+    def guards(self) -> bool:
+        """Whether updates need no norm, and take coordinates that are not finite as 0: where a
+        `CoordinateClip` is not given a `clip_norm` as well.
+        """
+        return self._clipping.clip is not None and self.clip_norm is None
+
     # ---- the step ---------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -306,35 +320,31 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             gradient_scale: Gradients are multiplied by this first (one over a loss scale).
 
         Raises:
-            NonFiniteGradient: Some gradient is infinite or NaN.
+            NonFiniteGradient: Some gradient is infinite or NaN, and the rule does not guard.
             LaneError: A copy or an update failed; the state is not to be trusted any more.
         """
-        if closure is not None:
-            raise TypeError(
-                "OffloadedOptimizer.step takes no closure: updates overlap with backward and "
-                "forward, so the loss cannot be evaluated inside; call loss.backward() first"
-            )
-        if self.overlap == "backward" and gradient_scale != 1.0:
-            raise ValueError(
-                f"gradient_scale={gradient_scale}: overlap='backward' has used gradients as they "
-                "came; scale the loss by its inverse no more, or use another overlap"
-            )
+        check_step(closure, self.overlap, gradient_scale)
         self._health.check()
         self._begin()
         factor = gradient_scale * self._clip_factor(gradient_scale)
+        threshold = self._clipping.threshold_of(self.param_groups, factor)
         with self.monitor.waiting(), self._health.uninterrupted():
             for subgroup in self.subgroups:
                 if subgroup not in self._step.launched:
-                    self._launch(subgroup, factor)
+                    self._launch(subgroup, factor, threshold)
             self._step = self._roster.next_step()
+            self._clipping.due = True
             if not self._waits_in_forward:
                 with self._health.watched():
                     self._roster.wait_on_stream()
 
     def _clip_factor(self, gradient_scale: float) -> float:
-        """Return by what clipping scales gradients; raise, on all ranks alike, if one is not
-        finite.
+        """Return by what clipping by norm scales gradients; raise, on all ranks alike, if one is
+        not finite.
         """
+        if self.guards:
+            self._take_remaining()
+            return 1.0
         norm = self.gradient_norm() * gradient_scale
         if not math.isfinite(norm):
             raise NonFiniteGradient(self._describe_non_finite())
@@ -355,14 +365,17 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._health.failure = message
         return message
 
-    def _launch(self, subgroup: SubgroupState, scale: float) -> None:
+    def _launch(
+        self, subgroup: SubgroupState, scale: float, threshold: float | None = None
+    ) -> None:
         subgroup.notice_other_writers()
-        work = Work.of(subgroup, scale)
+        work = Work.of(subgroup, scale, threshold)
         # Before the work itself: an interruption must not lead to a second update.
         self._step.launched[subgroup] = None
         if work.arrived:
             gradients = subgroup.arriving
             self._executor.launch(work)
+            self._clipping.launched(work)
             for member in work.arrived:
                 member.step += 1
             self.monitor.launched(subgroup, gradients, int(work.arrived[0].step))
@@ -389,14 +402,30 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             for subgroup in self.subgroups:
                 subgroup.wait()
 
+    def finish_step(self) -> None:
+        """Wait for the update under way and learn from it what the next one needs; the next step
+        does so by itself. Where thresholds are lagged quantiles every rank must call it, before
+        `state` is read.
+        """
+        self.synchronize()
+        self._clipping.finish(self.param_groups)
+
+    def clip_fractions(self) -> dict[torch.Tensor, float]:
+        """Return what share of its coordinates was clipped, or not finite, for every parameter that
+        the newest finished update changed, over all shards. Every rank must call it. Once gradients
+        of a step have come that is the update of the step before.
+        """
+        return self._clipping.fractions(self.param_groups)
+
     # ---- saving and loading -----------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's usual state dict, after waiting for the update under way.
+        """Return torch's usual state dict, after waiting for the update under way. With thresholds
+        that are lagged quantiles every rank must call it.
 
         Its tensors are views of the live state, as with any torch optimizer.
         """
-        self.synchronize()
+        self.finish_step()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # pyright: ignore
@@ -414,7 +443,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             state_dict = adapt(self, dict(state_dict)) or state_dict
         saved = checked(self.rule, self.param_groups, state_dict)
         self._roster.settle()
-        for part in (self._roster, self._gradients, self._executor, self.monitor):
+        parts = (self._roster, self._gradients, self._executor, self.monitor, self._clipping)
+        for part in parts:
             part.forget_work()
         self._step = self._roster.next_step()
         failure, self._health.failure = self._health.failure, None

@@ -9,7 +9,7 @@ import torch.distributed as distributed
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from interlace.kernels.update import UpdateRule
+from interlace.kernels.update import CoordinateClip, UpdateRule
 from interlace.offload.cores import usable_cores
 from interlace.offload.lanes import Throttle
 from interlace.offload.schedule import NOTHING_HIDDEN, STRATEGIES, HiddenWindow, MemoryBudget
@@ -116,6 +116,37 @@ def check_arguments(
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r}: must be one of {', '.join(STRATEGIES)}")
     check_overlap(overlap, clip_norm, model)
+    if isinstance(rule, CoordinateClip):
+        check_policy(rule, overlap)
+
+
+def check_policy(rule: CoordinateClip, overlap: str) -> None:
+    """Refuse a policy of thresholds that does not know them in time, or not of what is clipped."""
+    if rule.policy == "global_quantile" and overlap == "backward":
+        raise ValueError(
+            "policy='global_quantile' with overlap='backward': the quantile of all gradients is "
+            "known only after backward, so updates cannot start before; use overlap='forward', or "
+            "policy='lagged_quantile' or 'fixed'"
+        )
+    if rule.policy != "fixed" and rule.stage == "update":
+        raise ValueError(
+            f"policy={rule.policy!r} with stage='update': quantiles are those of the gradient, "
+            "which says nothing of how large an update is; use policy='fixed' or stage='gradient'"
+        )
+
+
+def check_step(closure: object, overlap: str, gradient_scale: float) -> None:
+    """Refuse arguments of `step` that an update beside other work cannot serve."""
+    if closure is not None:
+        raise TypeError(
+            "OffloadedOptimizer.step takes no closure: updates overlap with backward and "
+            "forward, so the loss cannot be evaluated inside; call loss.backward() first"
+        )
+    if overlap == "backward" and gradient_scale != 1.0:
+        raise ValueError(
+            f"gradient_scale={gradient_scale}: overlap='backward' has used gradients as they "
+            "came; scale the loss by its inverse no more, or use another overlap"
+        )
 
 
 def check_overlap(overlap: str, clip_norm: float | None, model: nn.Module | None) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from interlace.kernels.update import UpdateRule, merge_master
-from interlace.offload.subgroup import MASTER, REMAINDER, Member, SubgroupState, local
+from interlace.offload.row_blocks import ROW_BLOCKS, block_count
+from interlace.offload.subgroup import MASTER, REMAINDER, THRESHOLD, Member, SubgroupState, local
 
 NOT_OURS = {
     "amsgrad": False,
@@ -39,8 +40,10 @@ def checked(
     states = [present(state_dict["state"].get(number, {})) for number in numbers]
     for group in saved_groups:
         check_settings(rule, group)
-    for parameter, state in zip(parameters, states, strict=True):
+    of_parameter = [group for group in groups for _ in group["params"]]
+    for parameter, state, group in zip(parameters, states, of_parameter, strict=True):
         check_saved(rule, parameter, state)
+        check_thresholds(group, parameter, state)
     return list(zip(parameters, states, strict=True))
 
 
@@ -55,7 +58,9 @@ def load_state(
         if parameter in places:
             load_member(*places[parameter], state)
     for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
-        group.update({key: value for key, value in saved_group.items() if key != "params"})
+        # Row blocks are the model's, and thresholds are counted by them.
+        ours = ("params", ROW_BLOCKS)
+        group.update({key: value for key, value in saved_group.items() if key not in ours})
 
 
 def present(saved: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
@@ -91,6 +96,18 @@ def check_saved(
             )
 
 
+def check_thresholds(
+    group: Mapping[str, Any], parameter: torch.Tensor, saved: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse thresholds that are not those of a group's row blocks."""
+    expected = block_count(group)
+    if THRESHOLD in saved and tuple(saved[THRESHOLD].shape) != (expected,):
+        raise ValueError(
+            f"the state dict holds thresholds of shape {tuple(saved[THRESHOLD].shape)} for a "
+            f"parameter of shape {tuple(parameter.shape)} with {expected} row block(s)"
+        )
+
+
 def load_member(subgroup: SubgroupState, member: Member, saved: Mapping[str, torch.Tensor]) -> None:
     """Copy one parameter's state; what was never saved (no update yet) becomes zero."""
     piece = slice(member.start, member.stop)
@@ -100,6 +117,10 @@ def load_member(subgroup: SubgroupState, member: Member, saved: Mapping[str, tor
             slab.copy_(local(saved[name]).reshape(-1))
         else:
             slab.zero_()
+    if member.threshold is not None:
+        # What was not learnt there, under another policy for one, is learnt anew.
+        learnt = saved.get(THRESHOLD, torch.zeros_like(member.threshold))
+        member.threshold.copy_(learnt)
     member.step.fill_(float(saved["step"]) if "step" in saved else 0.0)
     weight = local(member.parameter).reshape(-1)
     if MASTER in saved:

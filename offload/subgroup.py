@@ -15,12 +15,13 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-from interlace.kernels.update import UpdateRule, merge_master, split_master
+from interlace.kernels.update import CoordinateClip, UpdateRule, merge_master, split_master
 from interlace.offload.lanes import Ticket
 from interlace.offload.memory import HostSlabs
+from interlace.offload.row_blocks import block_count
 from interlace.offload.schedule import Footprint, Home, Subgroup
 
-MASTER, REMAINDER = "master", "remainder"
+MASTER, REMAINDER, THRESHOLD = "master", "remainder", "threshold"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,16 @@ class StateLayout:
     moment_dtype: torch.dtype = torch.float32
     split_master: bool = False
     sums_gradients: bool = False
+
+    @property
+    def clips_coordinates(self) -> bool:
+        """Whether the rule cuts coordinates, and guards against those that are not finite."""
+        return isinstance(self.rule, CoordinateClip)
+
+    @property
+    def learns_thresholds(self) -> bool:
+        """Whether every tensor has thresholds of its own, from the gradient one step before."""
+        return isinstance(self.rule, CoordinateClip) and self.rule.policy == "lagged_quantile"
 
     def splits(self, weight: torch.dtype) -> bool:
         """Whether weights of this dtype have a split master."""
@@ -85,6 +96,8 @@ class Member:
         arriving: The last copy or sum of its gradient, after which it is all there; or None.
         square: Sum of squares of the only gradient that came, or None.
         version: Version counter of the weight after our last write, to notice others'.
+        threshold: Where thresholds are learnt: that of each row block of the whole tensor, float32
+            on the CPU, the same on all ranks; 0 as long as it is not known. Else None.
     """
 
     parameter: torch.Tensor
@@ -97,6 +110,7 @@ class Member:
     arriving: Ticket | None = None
     square: torch.Tensor | None = None
     version: int = -1
+    threshold: torch.Tensor | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -165,6 +179,10 @@ class SubgroupState:
         self.upload: torch.Tensor | None = None
         self.updating: list[Ticket] = []
         self.weights_ready: Ticket | None = None
+        if layout.learns_thresholds:
+            for member in self.members:
+                count = block_count(group)
+                member.threshold = torch.zeros(count, dtype=torch.float32, device="cpu")
 
     @property
     def shape(self) -> Subgroup:
@@ -313,27 +331,8 @@ class SubgroupState:
             for name, slab in self.slabs.items()
             if name != MASTER or not self.layout.weight_is_master(self.weight_dtype)
         }
-        return {"step": member.step, **own}
-
-    def runs(self) -> Iterator[tuple[int, int, int]]:
-        """Yield `(start, stop, updates so far)` of neighbouring members whose gradient came and
-        whose number of updates is the same; parameters without a gradient are left alone, as
-        torch's optimizers do.
-        """
-        start = stop = -1
-        number = 0
-        for member in self.members:
-            if not member.arrivals:
-                continue
-            done = int(member.step)
-            if member.start == stop and done == number:
-                stop = member.stop
-                continue
-            if stop > start:
-                yield start, stop, number
-            start, stop, number = member.start, member.stop, done
-        if stop > start:
-            yield start, stop, number
+        learnt = {} if member.threshold is None else {THRESHOLD: member.threshold}
+        return {"step": member.step, **own, **learnt}
 
 
 def rounded(master: torch.Tensor, dtype: torch.dtype, splits: bool) -> torch.Tensor:

@@ -18,6 +18,7 @@ from interlace.offload.hardware import HardwareProfile
 from interlace.offload.optimizer import OffloadedOptimizer
 from interlace.offload.options import OffloadOptions
 from interlace.offload.schedule import MemoryBudget, MemoryShortage
+from interlace.trainer.config.clip_checks import largest_norm
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.model import Model
@@ -41,8 +42,8 @@ def build_optimizer(
     Raises:
         ConfigError: Its state does not fit the memory.
     """
-    settings, offload = config.optimizer, config.offload
-    placement, rule = plan.offload, rule_of(settings)
+    offload = config.offload
+    placement, rule = plan.offload, rule_of(config)
     try:
         return OffloadedOptimizer(
             parameter_groups(model, rule.hyperparameters(), manifest),
@@ -51,7 +52,7 @@ def build_optimizer(
             budget=MemoryBudget(placement.device_budget_bytes, placement.host_budget_bytes),
             profile=profile,
             overlap=placement.overlap,
-            clip_norm=settings.clip or None,
+            clip_norm=largest_norm(config),
             model=model,
             options=OffloadOptions(
                 stride=offload.stride,

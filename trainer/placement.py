@@ -43,6 +43,7 @@ from interlace.trainer.capacity import (
     room_of,
     shortage_of,
 )
+from interlace.trainer.config.clip_checks import waits_for_all_gradients
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.rules import rule_of
 
@@ -241,7 +242,7 @@ def overlap_of(config: RunConfig, strategy: str) -> Overlap:
         return offload.overlap
     if strategy == "none":
         return "none"
-    return "forward" if config.optimizer.clip else "backward"
+    return "forward" if waits_for_all_gradients(config) else "backward"
 
 
 def window_of(overlap: Overlap, facts: Circumstances) -> HiddenWindow:
@@ -258,7 +259,7 @@ def window_of(overlap: Overlap, facts: Circumstances) -> HiddenWindow:
 def layout_of(config: RunConfig) -> StateLayout:
     """Return in which precision state is kept."""
     return StateLayout(
-        rule_of(config.optimizer),
+        rule_of(config),
         getattr(torch, config.offload.moments),
         config.offload.split_master,
     )

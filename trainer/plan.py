@@ -316,7 +316,7 @@ def checkpoint_bytes_per_parameter(config: RunConfig) -> int:
     their precision; a step count per tensor is not worth counting.
     """
     moment = 2 if config.offload.moments == "bfloat16" else 4
-    return 4 + moment * len(rule_of(config.optimizer).moments)
+    return 4 + moment * len(rule_of(config).moments)
 
 
 def due_times(every: int, steps: int) -> int:

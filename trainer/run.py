@@ -22,6 +22,7 @@ from interlace.trainer.diagnostics import (
     AskedEveryStep,
     Diagnostic,
     Draws,
+    LooksAtTensors,
     TakesLosses,
 )
 from interlace.trainer.errors import NumericsError, SaveError
@@ -104,6 +105,7 @@ class StepNotes:
     details: dict[str, float] = field(default_factory=dict[str, float])
     expert_loads: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     histograms: dict[str, Histogram] = field(default_factory=dict[str, Histogram])
+    of_tensors: dict[str, float] = field(default_factory=dict[str, float])
     validation: Validation | None = None
     started: float = field(default_factory=time.perf_counter)
 
@@ -191,6 +193,8 @@ class Run:
                 self.notes.details.update(diagnostic.after_backward(step + 1))
                 if isinstance(diagnostic, Draws):
                     self.notes.histograms.update(diagnostic.histograms())
+                if isinstance(diagnostic, LooksAtTensors):
+                    self.notes.of_tensors.update(diagnostic.of_tensors())
 
     def diagnose_update(self, step: int) -> None:
         """Ask those diagnostics that look at updates."""
@@ -200,7 +204,7 @@ class Run:
 
     def update_or_skip(self, step: int, batch_loss: float, norm: float) -> None:
         """Clip and update; leave a step out whose loss or gradient is not finite, on all ranks
-        alike.
+        alike, unless the update rule guards against single coordinates that are not.
 
         Raises:
             NumericsError: Too many such steps in a row; the evidence is in the run folder.
@@ -208,44 +212,48 @@ class Run:
         failpoint("step.update")
         optimizer = self.parts.state.optimizer
         bad = not (is_finite(batch_loss) and is_finite(norm))
-        if not bad:
-            optimizer.step()
-            self.parts.model.balance_experts(self.notes.expert_loads)
+        skipped = bad and not optimizer.guards
         self.notes.loss, self.notes.gradient_norm = batch_loss, norm
-        self.notes.skipped = bad
-        self.progress = advance(self.progress, self.plan.tokens_per_step, bad)
+        self.notes.skipped = skipped
+        self.progress = advance(self.progress, self.plan.tokens_per_step, bad, skipped)
         if bad:
             self.report_bad_step(step, batch_loss, norm)
+        if not skipped:
+            optimizer.step()
+            self.parts.model.balance_experts(self.notes.expert_loads)
         optimizer.zero_grad()
         self.diagnose_update(step)
 
     def report_bad_step(self, step: int, loss: float, norm: float) -> None:
-        """Tell of a skipped step; stop the run when there were too many."""
-        limit = self.parts.config.train.max_bad_steps
+        """Tell of a step that is not finite, before its update where there is one; stop the run
+        when there were too many.
+        """
+        parts = self.parts
+        optimizer, limit = parts.state.optimizer, parts.config.train.max_bad_steps
         count = self.progress.skipped_in_a_row
+        outcome = "coordinates that are not count as 0" if optimizer.guards else "update skipped"
         self.console.note(
-            f"step {step + 1}: loss {loss} or gradient norm {norm} is not finite; update skipped "
+            f"step {step + 1}: loss {loss} or gradient norm {norm} is not finite; {outcome} "
             f"({count} in a row, {limit} stop the run)"
         )
-        begun = self.parts.state.optimizer.update_begun
+        begun = optimizer.update_begun and not optimizer.guards
         if count < limit and not begun:
             return
-        folder = save_evidence(self.folder.path, step, self.parts.batches, self.parts.state)
+        folder = save_evidence(self.folder.path, step, parts.batches, parts.state)
+        lower = f"optimizer.peak_lr={parts.config.optimizer.peak_lr}"
         if begun:
             raise NumericsError(
                 f"step {step + 1}: loss {loss} or gradient norm {norm} is not finite, and "
                 "offload.overlap=backward had begun the update. The evidence is in "
-                f"{folder}; resume from the newest checkpoint, with a lower "
-                f"optimizer.peak_lr={self.parts.config.optimizer.peak_lr} or with "
+                f"{folder}; resume from the newest checkpoint, with a lower {lower} or with "
                 "offload.overlap=forward, which skips such steps."
             )
+        also = "" if optimizer.guards else " or turn on optimizer.clip"
         raise NumericsError(
             f"{count} steps in a row had a loss or gradient that is not finite "
             f"(train.max_bad_steps={limit}); "
             f"last loss {loss}, gradient norm {norm}. The evidence is in {folder}; the newest "
-            "checkpoint is "
-            f"untouched. Lower optimizer.peak_lr={self.parts.config.optimizer.peak_lr} or turn on "
-            "optimizer.clip, and resume."
+            f"checkpoint is untouched. Lower {lower}{also}, and resume."
         )
 
     def validate_if_due(self) -> None:
@@ -264,6 +272,7 @@ class Run:
         record = self.record()
         self.metrics.write(record)
         self.metrics.write_histograms(self.notes.histograms, record.step)
+        self.metrics.write_of_tensors(self.notes.of_tensors, record.step)
         self.console.step(record)
 
     def record(self) -> StepRecord:
@@ -348,12 +357,12 @@ class Run:
             )
 
 
-def advance(progress: Progress, tokens: int, bad: bool) -> Progress:
-    """Return the counters after one more step."""
+def advance(progress: Progress, tokens: int, bad: bool, skipped: bool) -> Progress:
+    """Return the counters after one more step, bad or not, whose update was skipped or not."""
     return Progress(
         step=progress.step + 1,
         tokens=progress.tokens + tokens,
-        skipped_steps=progress.skipped_steps + bad,
+        skipped_steps=progress.skipped_steps + skipped,
         skipped_in_a_row=progress.skipped_in_a_row + 1 if bad else 0,
     )
 

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from interlace.kernels.update import AdamW, Slab, Step, UpdateRule, sum_of_squares, update
+from interlace.kernels.update import (
+    AdamW,
+    CoordinateClip,
+    Slab,
+    Step,
+    UpdateRule,
+    sum_of_squares,
+    update,
+)
+from interlace.kernels.update.histogram import magnitude_histogram, quantile_of
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.lanes import Throttle
 from interlace.offload.optimizer import OffloadedOptimizer
@@ -116,23 +125,43 @@ def train(case: Case, profile: HardwareProfile) -> dict[str, torch.Tensor]:
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-    optimizer.synchronize()
+    optimizer.finish_step()
     result: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         result[name] = parameter.detach().cpu().clone()
         result[f"{name}.master"] = optimizer.master(parameter).cpu().clone()
-        for key in ("step", *case.rule.moments):
+        learnt = ("threshold",) if policy_of(case.rule) == "lagged_quantile" else ()
+        for key in ("step", *case.rule.moments, *learnt):
             result[f"{name}.{key}"] = optimizer.state[parameter][key].cpu().clone()
     optimizer.close()
     return result
 
 
+def policy_of(rule: UpdateRule) -> str:
+    """Return where the thresholds of a rule come from."""
+    return rule.policy if isinstance(rule, CoordinateClip) else ""
+
+
+def quantile(gradients: Sequence[torch.Tensor], case: Case, *, of_all: bool) -> float:
+    """Return the quantile of some gradients in one piece: of all coordinates or of those that are
+    not 0.
+    """
+    flat = torch.cat([gradient.view(-1) for gradient in gradients])
+    return quantile_of(
+        magnitude_histogram(flat, 1.0), case.rule.share, len(flat) if of_all else None
+    )
+
+
 def in_one_piece(case: Case) -> dict[str, torch.Tensor]:
-    """Train the same toy without the engine: one flat slab per group, one update call each."""
+    """Train the same toy without the engine: one flat slab per group, one update call each, or one
+    for each parameter where these have thresholds of their own.
+    """
     model = Toy(case.dtype)
     groups = groups_of(model, case.groups)
     master = {p: p.detach().float() for p in model.parameters()}
     moments = {p: [torch.zeros_like(m) for _ in case.rule.moments] for p, m in master.items()}
+    learns = policy_of(case.rule) == "lagged_quantile"
+    thresholds = dict.fromkeys(master, 0.0)
     for step in range(case.steps):
         gradient = {p: torch.zeros_like(m) for p, m in master.items()}
         for micro in range(case.accumulation):
@@ -155,9 +184,18 @@ def in_one_piece(case: Case) -> dict[str, torch.Tensor]:
             )
             hyper = {**case.rule.hyperparameters(), **group}
             hyper["lr"] = group["lr"] / (1 + number * step)
-            update(case.rule, flat, Step(step + 1, scale, hyper))
+            if policy_of(case.rule) == "global_quantile":
+                hyper["threshold"] = quantile(list(gradient.values()), case, of_all=True)
+            if not learns:
+                update(case.rule, flat, Step(step + 1, scale, hyper))
             start = 0
             for p in members:
+                if learns:
+                    own = Step(step + 1, scale, {**hyper, "threshold": thresholds[p]})
+                    update(case.rule, flat, own, start=start, stop=start + p.numel())
+                    if gradient[p].any():
+                        value = quantile([gradient[p]], case, of_all=False)
+                        thresholds[p] = float(torch.tensor(value))
                 piece = slice(start, start + p.numel())
                 master[p] = flat.master[piece].view(p.shape)
                 moments[p] = [moment[piece].view(p.shape) for moment in flat.moments]
@@ -170,6 +208,8 @@ def in_one_piece(case: Case) -> dict[str, torch.Tensor]:
         result[f"{name}.step"] = torch.tensor(float(case.steps))
         named = zip(case.rule.moments, moments[p], strict=True)
         result |= {f"{name}.{key}": value for key, value in named}
+        if learns:
+            result[f"{name}.threshold"] = torch.tensor([thresholds[p]])
     return result
 
 

@@ -1,10 +1,10 @@
 """What a checkpoint of a training run holds, and how all ranks save and load it together.
 
-Tensors: fp32 weights and optimizer moments under canonical names (`model.<parameter>`,
-`optimizer.<parameter>.<moment>`), buffers of the model beside its weights, and what the objective
-remembers (`objective.<name>`). Scalars, as JSON in the manifest: step, tokens, skipped steps,
-the RNG state of every rank, the digest of the corpus and the configuration. The learning rate
-schedule and the data order are pure functions of the step and need nothing more.
+Tensors: fp32 weights, optimizer moments and learnt clip thresholds under canonical names
+(`model.<parameter>`, `optimizer.<parameter>.<moment>`), buffers of the model beside its weights,
+and what the objective remembers (`objective.<name>`). Scalars, as JSON in the manifest: step,
+tokens, skipped steps, the RNG state of every rank, the digest of the corpus and the configuration.
+The learning rate schedule and the data order are pure functions of the step and need nothing more.
 """
 
 import base64
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from interlace.offload.optimizer import OffloadedOptimizer
+from interlace.offload.subgroup import THRESHOLD
 from interlace.trainer.checkpoint.commit import (
     CheckpointStore,
     FileRecord,
@@ -54,7 +55,7 @@ class Progress(BaseModel):
     """Steps whose update was left out because loss or gradient was not finite."""
 
     skipped_in_a_row: int = 0
-    """Such steps since the last good one."""
+    """Steps since the last good one whose loss or gradient was not finite, skipped or not."""
 
 
 class RandomState(BaseModel):
@@ -143,7 +144,7 @@ class TrainingState:
         The names and precisions are the same wherever the optimizer keeps its state; no update is
         under way any more.
         """
-        self.optimizer.synchronize()
+        self.optimizer.finish_step()
         named: dict[str, torch.Tensor] = {}
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
@@ -152,8 +153,9 @@ class TrainingState:
                 continue
             named[f"model.{name}"] = self.optimizer.master(parameter)
             state = self.optimizer.state[parameter]
-            for key in ("step", *self.optimizer.rule.moments):
-                named[f"optimizer.{name}.{key}"] = state[key]
+            for key in ("step", *self.optimizer.rule.moments, THRESHOLD):
+                if key in state:
+                    named[f"optimizer.{name}.{key}"] = state[key]
         named |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
         named |= {f"objective.{name}": tensor for name, tensor in self.objective.state().items()}
         return named
@@ -348,14 +350,25 @@ def load_newest(store: CheckpointStore, state: TrainingState) -> Restored:
 def verify_needed(store: CheckpointStore, opened: OpenCheckpoint, state: TrainingState) -> None:
     """Check the digest of every file that this rank will read."""
     rank = state.world.rank
-    wanted = {name: local_part(tensor, rank) for name, tensor in state.tensors().items()}
+    wanted = {name: local_part(tensor, rank) for name, tensor in held(opened, state).items()}
     for name in sorted(opened.reader.files_for(wanted)):
         store.verified_path(opened.step, name, opened.manifest)
 
 
+def held(opened: OpenCheckpoint, state: TrainingState) -> dict[str, torch.Tensor]:
+    """Return the tensors of the state that a checkpoint must hold: all but thresholds of clipping,
+    which a run that clipped otherwise has none of, and which the next step learns anew.
+    """
+    return {
+        name: tensor
+        for name, tensor in state.tensors().items()
+        if name in opened.reader.index or not name.endswith(f".{THRESHOLD}")
+    }
+
+
 def restore(opened: OpenCheckpoint, state: TrainingState) -> None:
     """Copy a verified checkpoint into the live state and this rank's generators."""
-    tensors = state.tensors()
+    tensors = held(opened, state)
     for name, tensor in tensors.items():
         opened.reader.read_into(name, local_part(tensor, state.world.rank))
         failpoint("load.mid")

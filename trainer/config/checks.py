@@ -10,6 +10,13 @@ from typing import cast
 
 from pydantic import ValidationError
 
+from interlace.trainer.config.clip_checks import (
+    clipped_sgd_clips,
+    nesterov_has_momentum,
+    overlap_is_exact,
+    quantile_is_known_in_time,
+    quantile_is_of_what_is_clipped,
+)
 from interlace.trainer.config.model_checks import (
     experts_are_as_many_as_chosen,
     experts_are_weighed,
@@ -23,6 +30,10 @@ from interlace.trainer.config.mup_checks import (
 )
 from interlace.trainer.config.problems import describe
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.config.sharpness_checks import (
+    sharpness_has_its_derivative,
+    sharpness_rules_are_known,
+)
 from interlace.trainer.errors import ConfigError
 
 MOST_THREADS = 1024
@@ -205,17 +216,6 @@ def mixture_has_sources(config: RunConfig) -> str | None:
     return None
 
 
-def overlap_is_exact(config: RunConfig) -> str | None:
-    """A clipped update waits for the norm of all gradients."""
-    if config.offload.overlap != "backward" or not config.optimizer.clip:
-        return None
-    return (
-        f"offload.overlap=backward: optimizer.clip={config.optimizer.clip} needs the norm of all "
-        "gradients, which is known after backward only; type offload.overlap=forward or "
-        "optimizer.clip=0"
-    )
-
-
 def stride_has_its_strategy(config: RunConfig) -> str | None:
     """A stride means something to one strategy."""
     if config.offload.stride is None or config.offload.strategy == "stride":
@@ -313,12 +313,18 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     objective_is_known,
     rule_is_known,
     diagnostics_are_known,
+    sharpness_rules_are_known,
+    sharpness_has_its_derivative,
     step_holds_whole_rows,
     validation_holds_a_row,
     mixture_has_sources,
     tokenizer_exists,
     end_of_text_has_its_tokenizer,
     overlap_is_exact,
+    quantile_is_known_in_time,
+    quantile_is_of_what_is_clipped,
+    clipped_sgd_clips,
+    nesterov_has_momentum,
     stride_has_its_strategy,
     trace_span_is_not_empty,
     trace_span_is_reached,

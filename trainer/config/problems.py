@@ -202,7 +202,9 @@ def remedy(key: str, details: ErrorDetails) -> str:
         return f"type {key}={(close or choices)[0]}"
     section, _, leaf = key.partition(".")
     info = sections()[section].model_fields.get(leaf) if section in sections() else None
-    if info is None or info.default is None:
+    if info is not None and info.default is None:
+        return f"type {key}=none for the default"
+    if info is None:
         return "see `interlace plan --help` for what a recipe may hold"
     return f"the default is {key}={show(info.default)}"
 

@@ -171,8 +171,11 @@ class OptimizerSection(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     """Decoupled weight decay of matrices; norms and biases have none."""
 
-    clip: Annotated[float, Field(ge=0.0)] = 1.0
-    """Largest global gradient norm; a longer gradient is scaled down. 0 turns clipping off."""
+    clip: Annotated[float, Field(ge=0.0)] | None = None
+    """Largest global gradient norm; a longer gradient is scaled down. 0 turns clipping by norm off;
+    unset means 1.0, or off where coordinates are clipped, which needs no norm and lets updates run
+    during backward.
+    """
 
     schedule: Literal["constant", "cosine", "wsd"] = "wsd"
     """Learning rate over the steps: constant, cosine, or warm-up-stable-decay."""
@@ -198,8 +201,8 @@ class OffloadSection(Section):
     """
 
     overlap: Literal["auto", "none", "forward", "backward"] = "auto"
-    """What updates run beside; auto: backward without clipping, else the next forward, and none
-    where all state is on the device.
+    """What updates run beside; auto: backward where no update waits for the norm or a quantile of
+    all gradients, else the next forward, and none where all state is on the device.
     """
 
     stride: PositiveInt | None = None

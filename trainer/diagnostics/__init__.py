@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
+from interlace.trainer.config.clip_checks import clips_coordinates
 from interlace.trainer.registry import Registry
 
 if TYPE_CHECKING:
@@ -71,12 +72,22 @@ class Draws(Protocol):
         ...
 
 
+@runtime_checkable
+class LooksAtTensors(Protocol):
+    """A diagnostic with a number for every tensor, too many for the record: for TensorBoard."""
+
+    def of_tensors(self) -> Mapping[str, float]:
+        """Return those of the step that was asked about last, by name."""
+        ...
+
+
 DIAGNOSTICS: Registry[type[Diagnostic]] = Registry(
     "diagnostic",
     "observe.diagnostics",
     {
         "gradient_norms": "interlace.trainer.diagnostics.gradient_norms",
         "gradient_histogram": "interlace.trainer.diagnostics.gradient_histogram",
+        "clip_fraction": "interlace.trainer.diagnostics.clip_fraction",
         "directional_sharpness": "interlace.trainer.diagnostics.directional_sharpness",
         "critical_sharpness": "interlace.trainer.diagnostics.critical_sharpness",
     },
@@ -91,5 +102,10 @@ def diagnostic(name: str) -> Callable[[DiagnosticClass], DiagnosticClass]:
 
 
 def diagnostics_of(config: RunConfig, state: TrainingState) -> list[Diagnostic]:
-    """Return the diagnostics that a recipe lists."""
-    return [DIAGNOSTICS.get(name)(config, state) for name in config.observe.diagnostics]
+    """Return the diagnostics that a recipe lists, and that of clipped coordinates where there are
+    some.
+    """
+    wanted = dict.fromkeys(config.observe.diagnostics)
+    if clips_coordinates(config):
+        wanted["clip_fraction"] = None
+    return [DIAGNOSTICS.get(name)(config, state) for name in wanted]

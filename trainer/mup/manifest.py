@@ -174,7 +174,7 @@ def skeleton(config: RunConfig, vocabulary_size: int) -> Model:
 
 def is_scale_free(config: RunConfig) -> bool:
     """Whether the recipe's update rule does not depend on the gradient's scale."""
-    rule = rule_of(config.optimizer)
+    rule = rule_of(config)
     answer = getattr(rule, "scale_free", None)
     if isinstance(answer, bool):
         return answer

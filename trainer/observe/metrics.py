@@ -163,6 +163,11 @@ class MetricsWriter:
         for key, value in record.details.items():
             self.board.add_scalar(DETAIL_TAG + key, value, record.step)
 
+    def write_of_tensors(self, numbers: Mapping[str, float], step: int) -> None:
+        """Show numbers of single tensors in TensorBoard, where a record would be too long."""
+        for name, value in numbers.items():
+            self.board.add_scalar(DETAIL_TAG + name, value, step)
+
     def write_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
         """Give TensorBoard the histograms of one step, by name; those without counts it cannot
         show are left out.

@@ -2,7 +2,11 @@
 
 The rules themselves, formula and kernels, are in `interlace.kernels.update`. A plug-in registers a
 function under the name that `optimizer.rule` then takes; a rule without kernels of its own is
-served by its `plain` formula.
+served by its `plain` formula. Any rule can have its coordinates clipped (`[coordinate_clip]`).
+
+Not here is SCALE (Glentis et al. 2025, arXiv 2506.16659), which divides the gradient by the norm of
+each column and has momentum for the last layer only: a column spans the shards of a tensor, so its
+norm is known only once all ranks have met, and rules here work element by element on any piece.
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from interlace.trainer.config.schema import OptimizerSection
+from interlace.trainer.config.clip_checks import clip_stage
+from interlace.trainer.config.schema import OptimizerSection, RunConfig
 from interlace.trainer.registry import Registry
 
 if TYPE_CHECKING:
@@ -25,6 +30,8 @@ RULES: Registry[RuleBuilder] = Registry(
     {
         "adamw": "interlace.trainer.rules.adamw",
         "sgd": "interlace.trainer.rules.sgd",
+        "clipped_sgd": "interlace.trainer.rules.clipped_sgd",
+        "signum": "interlace.trainer.rules.signum",
     },
 )
 
@@ -34,10 +41,16 @@ def update_rule(name: str) -> Callable[[RuleBuilder], RuleBuilder]:
     return RULES.register(name)
 
 
-def rule_of(settings: OptimizerSection) -> UpdateRule:
-    """Return the update rule of a recipe.
+def rule_of(config: RunConfig) -> UpdateRule:
+    """Return the update rule of a recipe, its coordinates clipped where the recipe says so.
 
     Raises:
         ConfigError: There is none of this name.
     """
-    return RULES.get(settings.rule)(settings)
+    from interlace.kernels.update import CoordinateClip
+
+    rule = RULES.get(config.optimizer.rule)(config.optimizer)
+    stage, clip = clip_stage(config), config.coordinate_clip
+    if stage == "none":
+        return rule
+    return CoordinateClip(rule, clip.threshold, stage, clip.policy, clip.share)

@@ -8,4 +8,9 @@ from interlace.trainer.rules import update_rule
 @update_rule("sgd")
 def sgd(settings: OptimizerSection) -> SGD:
     """Return SGD; `beta1` is its momentum, and the decay is part of the gradient."""
-    return SGD(lr=settings.peak_lr, momentum=settings.beta1, weight_decay=settings.weight_decay)
+    return SGD(
+        lr=settings.peak_lr,
+        momentum=settings.beta1,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
+    )

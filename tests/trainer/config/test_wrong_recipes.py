@@ -11,7 +11,8 @@ from interlace.trainer.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[3]
 
 SECTIONS = (
-    "run, model, data, train, distill, energy, optimizer, offload, parallel, checkpoint, observe"
+    "run, model, data, train, distill, energy, optimizer, coordinate_clip, mup, offload, parallel, "
+    "checkpoint, observe, sharpness"
 )
 
 WRONG_OVERRIDES = {
@@ -111,15 +112,54 @@ WRONG_OVERRIDES = {
     "data.vocabulary_size=100": "data.vocabulary_size=100: must be 258 or more (Entries of a BPE "
     "vocabulary trained here, the end-of-text token included; others bring their own); the "
     "default is data.vocabulary_size=4096",
-    "optimizer.rule=adam": "optimizer.rule=adam: there is no such update rule; known: adamw, sgd",
+    "optimizer.rule=adam": "optimizer.rule=adam: there is no such update rule; known: adamw, "
+    "clipped_sgd, sgd, signum",
     "observe.diagnostics=['norms']": "observe.diagnostics=norms: there is no such diagnostic; "
-    "known: gradient_norms",
+    "known: clip_fraction, critical_sharpness, directional_sharpness, gradient_histogram, "
+    "gradient_norms",
+    "observe.diagnostics=['directional_sharpness'] sharpness.rules=['sgd','lion']": "sharpness."
+    "rules=lion: there is no such update rule; known: adamw, clipped_sgd, sgd, signum",
+    "observe.diagnostics=['directional_sharpness'] train.objective=energy": "observe.diagnostics="
+    "directional_sharpness: needs a second derivative, and the loss of train.objective=energy "
+    "holds one already, so this would be the third; type observe.diagnostics="
+    "['critical_sharpness']",
+    "observe.diagnostics=['directional_sharpness'] train.objective=distill": "observe.diagnostics="
+    "directional_sharpness: needs a second derivative, and the loss of train.objective=distill "
+    "has only the first; type observe.diagnostics=['critical_sharpness']",
+    "observe.diagnostics=['directional_sharpness'] model.pattern=MF": "observe.diagnostics="
+    "directional_sharpness: needs a second derivative, and block M of model.pattern=MF has only "
+    "the first; type observe.diagnostics=['critical_sharpness']",
+    "observe.diagnostics=['directional_sharpness'] model.attention_backend=sdpa": "observe."
+    "diagnostics=directional_sharpness: needs a second derivative, and model.attention_backend="
+    "sdpa has only the first; type model.attention_backend=auto",
     "offload.strategy=auto": "offload.strategy=auto: must be one of 'none', 'host', 'stride' or "
     "'optimal' (All state on the device, all on the host, every k-th subgroup staged, or as the "
     "performance model says); type offload.strategy=none",
     "offload.overlap=backward": "offload.overlap=backward: optimizer.clip=1.0 needs the norm of "
     "all gradients, which is known after backward only; type offload.overlap=forward or "
     "optimizer.clip=0",
+    "optimizer.rule=clipped_sgd optimizer.clip=0.5 offload.overlap=backward": "offload.overlap="
+    "backward: optimizer.clip=0.5 needs the norm of all gradients, which is known after backward "
+    "only; type offload.overlap=forward or optimizer.clip=0",
+    "optimizer.rule=clipped_sgd coordinate_clip.policy=global_quantile offload.overlap=backward": ""
+    "coordinate_clip.policy=global_quantile: the quantile of all gradients is known after backward "
+    "only, and offload.overlap=backward starts updates before; type offload.overlap=forward, or "
+    "coordinate_clip.policy=lagged_quantile",
+    "coordinate_clip.stage=update coordinate_clip.policy=lagged_quantile": "coordinate_clip.policy="
+    "lagged_quantile: quantiles are those of the gradient, and coordinate_clip.stage=update clips "
+    "what the rule makes of it, which has another scale; type coordinate_clip.policy=fixed or "
+    "coordinate_clip.stage=gradient",
+    "optimizer.rule=clipped_sgd coordinate_clip.stage=none": "coordinate_clip.stage=none: "
+    "optimizer.rule=clipped_sgd would clip nothing; type optimizer.rule=sgd for gradient descent "
+    "as it is, or coordinate_clip.stage=gradient",
+    "optimizer.rule=clipped_sgd optimizer.nesterov=true optimizer.beta1=0": "optimizer.beta1=0.0: "
+    "is the momentum of optimizer.rule=clipped_sgd, and optimizer.nesterov=true looks ahead along "
+    "it; type optimizer.beta1=0.9 or optimizer.nesterov=false",
+    "optimizer.nesterov=true": "optimizer.nesterov=true: optimizer.rule=adamw does not look ahead; "
+    "type optimizer.nesterov=false, or one of optimizer.rule=sgd, clipped_sgd",
+    "coordinate_clip.share=1": "coordinate_clip.share=1: must be less than 1.0 (With a quantile: "
+    "share of coordinates that are clipped. Published are 0.1 for gradient descent and 0.5 for "
+    "Adam's first moment); the default is coordinate_clip.share=0.1",
     "offload.stride=3": "offload.stride=3: offload.strategy=none does not use it; type "
     "offload.strategy=stride or offload.stride=none",
     "offload.cpu_threads=100000": "offload.cpu_threads=100000: must be 1024 or less (more threads "
@@ -135,13 +175,16 @@ WRONG_OVERRIDES = {
     "'wsd' (Learning rate over the steps: constant, cosine, or warm-up-stable-decay); type "
     "optimizer.schedule=wsd",
     "optimizer.peak_lr=0": "optimizer.peak_lr=0: must be more than 0.0 (Learning rate after "
-    "warm-up); the default is optimizer.peak_lr=0.003",
+    "warm-up; under muP, at the base width); the default is optimizer.peak_lr=0.003",
     "optimizer.peak_lr=nan": "optimizer.peak_lr=nan: must be a finite number (Learning rate after "
-    "warm-up); the default is optimizer.peak_lr=0.003",
+    "warm-up; under muP, at the base width); the default is optimizer.peak_lr=0.003",
     "optimizer.beta1=1.0": "optimizer.beta1=1.0: must be less than 1.0 (Decay of the first "
-    "moment); the default is optimizer.beta1=0.9",
+    "moment: the momentum of rules that have one; with 0 `clipped_sgd` keeps no state at all); the "
+    "default is optimizer.beta1=0.9",
     "optimizer.clip=-1": "optimizer.clip=-1: must be 0.0 or more (Largest global gradient norm; a "
-    "longer gradient is scaled down. 0 turns clipping off); the default is optimizer.clip=1.0",
+    "longer gradient is scaled down. 0 turns clipping by norm off; unset means 1.0, or off where "
+    "coordinates are clipped, which needs no norm and lets updates run during backward); type "
+    "optimizer.clip=none for the default",
     "train.compute_dtype=fp16": "train.compute_dtype=fp16: must be one of 'auto', 'float32' or "
     "'bfloat16' (Precision of activations and matrix products; auto: bfloat16 on a GPU, float32 "
     "on a CPU); type train.compute_dtype=bfloat16",
