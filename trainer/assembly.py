@@ -8,6 +8,7 @@ what a person looks at afterwards.
 import shutil
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -175,12 +176,18 @@ def hardware_for(config: RunConfig, world: World, dtype: torch.dtype) -> Hardwar
     """Return the machine as this rank sees it; copy and update rates, which take seconds to measure
     the first time, only where the recipe offloads.
     """
-    hardware = profile_hardware(world.device, dtype)
+    hardware = quick_profile(world.device, dtype)
     if config.offload.strategy == "none":
         return hardware
     known = world.on_main(lambda: known_profile(world.device, print))
     known = with_active_ranks(known, local_ranks())
     return hardware.model_copy(update={"rates": known.rates, "name": known.name})
+
+
+@cache
+def quick_profile(device: torch.device, dtype: torch.dtype) -> HardwareProfile:
+    """Return what a look at a device tells; a process with many short runs looks once."""
+    return profile_hardware(device, dtype)
 
 
 def checked_corpus(config: RunConfig) -> PreparedCorpus:

@@ -6,6 +6,7 @@ out depends on its relative path alone, so the split is the same wherever Python
 
 import sysconfig
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from interlace.trainer.data.sources.base import BadRow, Document, SourceSpec, Unit, source_kind
@@ -24,19 +25,24 @@ class StandardLibrary:
 
     def units(self, spec: SourceSpec) -> list[Unit]:
         """Return one unit per file, in order of path."""
-        root = standard_library()
-        files = sorted(
-            file
-            for file in root.rglob("*.py")
-            if LEFT_OUT.isdisjoint(file.relative_to(root).parts) and file.stat().st_size > 0
-        )
-        return [unit_of(file) for file in files if first_undecodable(str(file)) is None]
+        return list(units_of(standard_library()))
 
     def read(self, spec: SourceSpec, units: Sequence[Unit]) -> Iterator[Document | BadRow]:
         """Yield the files."""
         for unit, content in files_with_lines(units):
             key = Path(unit.location).relative_to(standard_library()).as_posix()
             yield Document("".join(content), key)
+
+
+@cache
+def units_of(root: Path) -> tuple[Unit, ...]:
+    """Return one unit per file below a folder; an interpreter's library stays as it is meanwhile."""
+    files = sorted(
+        file
+        for file in root.rglob("*.py")
+        if LEFT_OUT.isdisjoint(file.relative_to(root).parts) and file.stat().st_size > 0
+    )
+    return tuple(unit_of(file) for file in files if first_undecodable(str(file)) is None)
 
 
 def standard_library() -> Path:
