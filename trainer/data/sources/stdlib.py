@@ -36,7 +36,7 @@ class StandardLibrary:
 
 @cache
 def units_of(root: Path) -> tuple[Unit, ...]:
-    """Return one unit per file below a folder; an interpreter's library stays as it is meanwhile."""
+    """Return one unit per file below a folder; a library stays as it is while it is used."""
     files = sorted(
         file
         for file in root.rglob("*.py")
