@@ -1,0 +1,1 @@
+"""`interlace mup`: what muP makes of a recipe (`table`), and whether it holds (`check`)."""
