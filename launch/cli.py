@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NoReturn
 
+from interlace.launch.mup.parser import add_mup
 from interlace.launch.sweep.parser import add_sweep
 from interlace.trainer.errors import NumericsError, UserError
 
@@ -109,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     add_plan(commands)
     add_profile(commands)
+    add_mup(commands)
     add_sweep(commands)
     add_doctor(commands)
     add_bench(commands)
