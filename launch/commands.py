@@ -172,6 +172,13 @@ def bench(arguments: Namespace) -> int:
     return longctx(arguments, progress_line("rounds"))
 
 
+def mup(arguments: Namespace) -> int:
+    """Show what muP makes of a recipe."""
+    from interlace.launch.mup.table import table
+
+    return {"table": table}[arguments.view](arguments)
+
+
 def sweep(arguments: Namespace) -> int:
     """Find the best learning rate at several widths, and whether it transfers."""
     from interlace.launch.sweep.command import sweep as run_sweep
