@@ -3,16 +3,20 @@
 Each rule has a shadow: moments of its own, fed with the run's gradients in every step, in fp32
 where the gradient is. A rule's direction is what its formula makes of a copy of the weights, with
 the learning rates and thresholds that a run of its own would have, and without weight decay.
-Nothing of it touches the run. Shadows are not saved: after a resume their moments begin at zero.
+Nothing of it touches the run. Shadows are not saved: after a resume their moments begin at zero,
+and so do thresholds that follow the gradient.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from interlace.kernels.update import UpdateRule
+from interlace.kernels.update import CoordinateClip, UpdateRule
+from interlace.kernels.update.histogram import magnitude_histogram, quantile_of
 from interlace.offload.optimizer import OffloadedOptimizer
+from interlace.offload.row_blocks import blocks_of, local_blocks
+from interlace.offload.segments import scaled
 from interlace.trainer.config.clip_checks import largest_norm
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
@@ -33,24 +37,18 @@ class Shadow:
 
     Args:
         rule: The rule with its hyperparameters.
-        groups: Its parameter groups, as an optimizer takes them.
+        groups: Its parameter groups, as an `OffloadedOptimizer` takes them.
         clip_norm: Largest global norm of what it is given, or None.
     """
 
     def __init__(
-        self,
-        rule: UpdateRule,
-        groups: Iterable[Mapping[str, Any]],
-        clip_norm: float | None,
+        self, rule: UpdateRule, groups: Sequence[Mapping[str, Any]], clip_norm: float | None
     ) -> None:
         self.rule, self.clip_norm = rule, clip_norm
-        self.hyper: dict[torch.Tensor, dict[str, Any]] = {}
-        for group in groups:
-            settings = {name: value for name, value in group.items() if name != "params"}
-            for parameter in group["params"]:
-                self.hyper[parameter] = rule.hyperparameters() | settings | {"weight_decay": 0.0}
+        self.groups = {each: group for group in groups for each in group["params"]}
         self.moments: dict[torch.Tensor, tuple[torch.Tensor, ...]] = {}
         self.updates: dict[torch.Tensor, int] = {}
+        self.thresholds: dict[tuple[torch.Tensor, int], float] = {}
 
     @torch.no_grad()
     def follow(
@@ -66,48 +64,82 @@ class Shadow:
         scale = 1.0
         if self.clip_norm is not None and norm > self.clip_norm:
             scale = self.clip_norm / (norm + 1e-6)
+        flat = [(each, gradient.reshape(-1).float() * scale) for each, gradient in gradients]
+        for_all = self.threshold_of(flat)
         return {
-            parameter: self.step_of(parameter, gradient.to(EXACT) * scale, weights[parameter])
-            for parameter, gradient in gradients
+            parameter: self.step_of(parameter, gradient, weights[parameter], for_all)
+            for parameter, gradient in flat
         }
 
     def step_of(
-        self, parameter: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor
+        self,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        weight: torch.Tensor,
+        threshold: float | None,
     ) -> torch.Tensor:
-        """Advance the moments of one parameter; return its step."""
+        """Advance the moments of one parameter by a flat gradient; return its step."""
         if parameter not in self.moments:
-            zeros = torch.atleast_1d(torch.zeros_like(gradient, dtype=torch.float32))
-            self.moments[parameter] = tuple(zeros.clone() for _ in self.rule.moments)
+            self.moments[parameter] = tuple(torch.zeros_like(gradient) for _ in self.rule.moments)
         kept = [moment.to(gradient.device, EXACT) for moment in self.moments[parameter]]
         number = self.updates[parameter] = self.updates.get(parameter, 0) + 1
-        start = torch.atleast_1d(weight.to(gradient.device, EXACT))
-        gradient, moved = torch.atleast_1d(gradient), start.clone()
-        for rows, hyper in blocks_of(self.hyper[parameter], len(moved)):
-            parts = [each[rows] for each in (moved, gradient, *kept)]
+        before = weight.reshape(-1).to(gradient.device, EXACT)
+        after, exact = before.clone(), gradient.to(EXACT)
+        for place, start, stop, hyper in self.blocks(parameter):
+            lagged = self.lagged_threshold((parameter, place), gradient[start:stop])
+            moving = lagged if threshold is None else threshold
+            if moving is not None:
+                hyper["threshold"] = moving
+            parts = [each[start:stop] for each in (after, exact, *kept)]
             self.rule.plain(parts[0], parts[1], tuple(parts[2:]), number, hyper)
         self.moments[parameter] = tuple(moment.float() for moment in kept)
-        return (moved - start).float().view(weight.shape)
+        return (after - before).float().view(weight.shape)
 
+    def blocks(self, parameter: torch.Tensor) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
+        """Yield number, first and last element, and hyperparameters of every row block of a
+        parameter.
+        """
+        group = self.groups[parameter]
+        own = {name: value for name, value in group.items() if name != "params"}
+        shared: dict[str, object] = {**self.rule.hyperparameters(), **own, "weight_decay": 0.0}
+        blocks = blocks_of(group)
+        for place, start, stop in local_blocks(group, parameter):
+            yield place, start, stop, dict(scaled(shared, blocks[place]) if blocks else shared)
 
-def blocks_of(hyper: Mapping[str, Any], rows: int) -> list[tuple[slice, dict[str, Any]]]:
-    """Return the blocks of rows of a parameter and the hyperparameters of each: those of the group
-    times the block's factors.
-    """
-    own = {name: value for name, value in hyper.items() if name != "row_blocks"}
-    blocks: list[tuple[slice, dict[str, Any]]] = []
-    start = 0
-    for block in hyper.get("row_blocks") or ({"rows": rows},):
-        factors = {name: factor for name, factor in block.items() if name in own}
-        scaled = {name: own[name] * factor for name, factor in factors.items()}
-        blocks.append((slice(start, start + block["rows"]), own | scaled))
-        start += block["rows"]
-    return blocks
+    def threshold_of(self, gradients: Gradients) -> float | None:
+        """Return the threshold of one step where all tensors have the same, else None."""
+        rule = self.rule
+        if not isinstance(rule, CoordinateClip) or rule.policy != "global_quantile":
+            return None
+        counts = [magnitude_histogram(gradient).cpu() for _, gradient in gradients]
+        total = sum(gradient.numel() for _, gradient in gradients)
+        return quantile_of(torch.stack(counts).sum(0), rule.share, total)
+
+    def lagged_threshold(
+        self, block: tuple[torch.Tensor, int], gradient: torch.Tensor
+    ) -> float | None:
+        """Return the threshold of a block that is lagged, and make that of the next step; None
+        where it is not lagged. It is 0 as long as no gradient but zero came.
+        """
+        rule = self.rule
+        if not isinstance(rule, CoordinateClip) or rule.policy != "lagged_quantile":
+            return None
+        before = self.thresholds.get(block, 0.0)
+        counts = magnitude_histogram(gradient)
+        if bool(counts.any()):
+            self.thresholds[block] = quantile_of(counts, rule.share)
+        return before
 
 
 def shadow_of(name: str, model: Model, config: RunConfig) -> Shadow:
-    """Return the shadow of a rule by its name in recipes, with a recipe's other settings."""
+    """Return the shadow of a rule by its name in recipes, with a recipe's other settings; of the
+    built-in rules `clipped_sgd` is clipped, whatever the recipe clips.
+    """
     own = config.model_copy(
-        update={"optimizer": config.optimizer.model_copy(update={"rule": name})}
+        update={
+            "optimizer": config.optimizer.model_copy(update={"rule": name}),
+            "coordinate_clip": config.coordinate_clip.model_copy(update={"stage": "auto"}),
+        }
     )
     rule = rule_of(own)
     manifest = manifest_of(own, model.embedding.num_embeddings)
