@@ -101,17 +101,16 @@ def draw_valley(axes: "Axes", valley: Valley, optimum: Optimum, colour: Any) -> 
             crossed = axes.get_xaxis_transform()
             axes.plot([rate], [0.98], "x", color=colour, ms=6, transform=crossed, clip_on=False)
     if optimum.log2_lr is not None:
-        axes.plot(
-            [optimum.log2_lr],
-            [optimum.loss],
-            "D",
-            color=colour,
-            ms=8,
-            mec="white",
-            mew=1.4,
-            zorder=5,
-        )
-        axes.axvline(optimum.log2_lr, color=colour, linewidth=0.8, linestyle=":", zorder=0)
+        mark(axes, optimum.log2_lr, finite, colour)
+
+
+def mark(axes: "Axes", log2_lr: float, curve: Sequence[tuple[float, float]], colour: Any) -> None:
+    """Mark an optimum on its curve, with a line down to the axis."""
+    import numpy as np
+
+    height = float(np.interp(log2_lr, *zip(*curve, strict=True)))
+    axes.vlines(log2_lr, 0, height, color=colour, linewidth=1, linestyle=":", zorder=0)
+    axes.plot([log2_lr], [height], "D", color=colour, ms=8, mec="white", mew=1.4, zorder=5)
 
 
 def bounds(axes: "Axes", drawn: Sequence[Judged]) -> None:
