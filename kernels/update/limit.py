@@ -28,6 +28,7 @@ class Limit:
     Attributes:
         gradient: Cuts a gradient, any shape, into a new tensor; or returns it as it is.
         direction: Likewise for what the learning rate scales.
+        finite: Where the gradient was finite, after `guard`.
         count: Coordinates that were cut, or were not finite, so far.
     """
 
@@ -41,18 +42,20 @@ class Limit:
         elif stage == "update":
             self.direction = self.cut
         self.count: Count = 0
+        # What the guard counted is not counted again.
+        self.finite: torch.Tensor | bool = True
 
     def guard(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return a gradient with 0 where it is not finite."""
-        finite = torch.isfinite(gradient)
-        self.add(~finite)
-        return torch.where(finite, gradient, 0.0)
+        """Return a gradient with 0 where it is not finite; what is cut later has its shape."""
+        self.finite = torch.isfinite(gradient)
+        self.add(~self.finite)
+        return torch.where(self.finite, gradient, 0.0)
 
     def cut(self, values: torch.Tensor) -> torch.Tensor:
         """Return values with their magnitudes cut at the threshold; NaN stays."""
         # In the precision of the values, as kernels compare them.
         limit = torch.tensor(self.threshold, dtype=values.dtype, device="cpu")
-        self.add(values.abs() > limit)
+        self.add((values.abs() > limit) & self.finite)
         return torch.clamp(values, -limit, limit)
 
     def add(self, crossed: torch.Tensor) -> None:
