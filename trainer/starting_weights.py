@@ -7,6 +7,7 @@ with other multipliers are another model. Every rank reads the whole model into 
 moment and keeps its part.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,5 +130,12 @@ def remedy_of(saved: RunConfig, config: RunConfig) -> str:
     there, here = saved.mup.model_dump(), config.mup.model_dump()
     kept = ["enabled", "base_width", "base_layers", "grows", "without"]
     differ = {key: there[key] for key in kept if there[key] != here[key]}
-    typed = [f"mup.{key}={'none' if v is None else show(v)}" for key, v in differ.items()]
+    typed = [f"mup.{key}={spelled(value)}" for key, value in differ.items()]
     return " ".join(typed) or "the [model] settings of that model"
+
+
+def spelled(value: object) -> str:
+    """Return a value as an override has it."""
+    if value is None:
+        return "none"
+    return json.dumps(value) if isinstance(value, list) else show(value)

@@ -13,7 +13,7 @@ Equal rows of repeated layers are one line with a count. Beside every number sta
 muP puts on it; where none stands it is 1. Start is the standard deviation of the initial values.
 
 examples:
-  interlace mup table quickstart --base-width 64             as if carried over from width 64
+  interlace mup table quickstart --base-width 128            as if carried over from width 128
   interlace mup table mine.toml model.width=1024 --all       one line for every parameter
   interlace mup table quickstart_hybrid --base-width 128 optimizer.rule=clipped_sgd
   interlace mup table mine.toml --json

@@ -57,12 +57,12 @@ def recipe_under_mup(arguments: Namespace) -> tuple[Recipe, list[str]]:
     """Return the recipe with muP on, and the settings under `[mup]` that it does not have by
     itself.
     """
-    asked = load_recipe(arguments.recipe, arguments.overrides)
-    mup, width = asked.config.mup, arguments.base_width
-    assumed = [] if mup.enabled else ["mup.enabled=true"]
-    if width is not None:
-        assumed.append(f"mup.base_width={width}")
-    elif mup.base_width is None:
+    width = arguments.base_width
+    base = [] if width is None else [f"mup.base_width={width}"]
+    asked = load_recipe(arguments.recipe, [*arguments.overrides, *base])
+    mup = asked.config.mup
+    assumed = [*([] if mup.enabled else ["mup.enabled=true"]), *base]
+    if mup.base_width is None:
         assumed.append(f"mup.base_width={asked.config.model.width}")
     return load_recipe(arguments.recipe, [*arguments.overrides, *assumed]), assumed
 
@@ -125,7 +125,7 @@ def facts(view: View) -> list[str]:
 def growth(here: int, base: int) -> str:
     """Return a size and its base in words."""
     if here == base:
-        return f"{here:,}, its own base: every factor is 1"
+        return f"{here:,}, which is the base itself"
     return f"{here:,}, {here / base:g} times the base of {base:,}"
 
 
@@ -133,10 +133,10 @@ def rates_in_words(config: RunConfig) -> str:
     """Return which table of rates holds, and why."""
     rule, peak = config.optimizer.rule, f"{config.optimizer.peak_lr:g}"
     if is_scale_free(config):
-        why = "those of Adam: its update does not depend on the gradient's scale"
+        table = "Adam's table, as its update does not depend on the gradient's scale"
     else:
-        why = "those of gradient descent: its update is as long as the gradient"
-    return f"{rule}, peak {peak} at the base, {why}"
+        table = "the table of gradient descent, as its update is as long as the gradient"
+    return f"{rule}, {peak} at the base; {table}"
 
 
 def parameter_lines(rows: Sequence[Row]) -> list[str]:

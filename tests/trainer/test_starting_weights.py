@@ -168,6 +168,11 @@ def parametrised(config: RunConfig) -> LanguageModel:
             "be another model; type mup.base_layers=1",
         ),
         (
+            under_mup(base_width=16, base_layers=1, without=["readout_multiplier"]),
+            "norm.multiplier=0.5, and this recipe has 1, so the same weights would be another "
+            "model; type mup.without=[]",
+        ),
+        (
             MupSection(),
             "norm.multiplier=0.5, and this recipe has 1, so the same weights would be another "
             "model; type mup.enabled=true mup.base_width=16 mup.base_layers=1",
