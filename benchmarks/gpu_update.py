@@ -5,8 +5,8 @@ The task is that of mixed precision: a bfloat16 gradient comes in, fp32 master a
 updated, a bfloat16 weight goes out, gradients are scaled on the way. torch's fused AdamW needs fp32
 gradients: one pass widens and scales before, one rounds after. Rounds alternate in one process;
 medians count. Bytes are those of the one-pass task for everyone, so GB/s compare directly; the roof
-is what a copy on the device reaches, its own bytes counted. Sums of squares, for the gradient norm,
-are measured as well.
+is what a copy on the device reaches, its own bytes counted. Sums of squares, for the gradient norm, and histograms
+of magnitudes, for quantiles, are measured as well.
 
     python benchmarks/gpu_update.py [--elements 200000000] [--rounds 20] [--save]
 
@@ -24,9 +24,13 @@ from results import Row, save, table
 from interlace.kernels.update import (
     SGD,
     AdamW,
+    CoordinateClip,
+    Signum,
     Slab,
     Step,
     UpdateRule,
+    clipped_sgd,
+    magnitude_histogram,
     split_master,
     sum_of_squares,
     update,
@@ -38,7 +42,17 @@ FUSED = "torch fused AdamW, with casts"
 FORMS = {"fp32 state": (False, False), "split master": (True, False), "all 16 bits": (True, True)}
 """Whether masters are split into weight and remainder, and whether moments are bfloat16."""
 
-RULES: tuple[UpdateRule, ...] = (AdamW(lr=1e-3, weight_decay=0.1), SGD(lr=1e-3, weight_decay=0.1))
+ADAMW = AdamW(lr=1e-3, weight_decay=0.1)
+RULES: dict[str, UpdateRule] = {
+    "adamw": ADAMW,
+    "adamw, clipped first moment": CoordinateClip(ADAMW, 0.5),
+    "sgd": SGD(lr=1e-3, weight_decay=0.1),
+    "clipped sgd": clipped_sgd(threshold=0.5, weight_decay=0.1),
+    "clipped sgd without momentum": clipped_sgd(1e-3, 0.5, 0.0, weight_decay=0.1),
+    "signum": Signum(weight_decay=0.1),
+}
+"""A gradient of the benchmark crosses 0.5 often."""
+
 PROBLEM = "gpu_update: needs an NVIDIA GPU, and torch finds none here"
 
 Contender = tuple[Callable[[int], object], int]
@@ -89,14 +103,15 @@ def copy(gradient: torch.Tensor) -> Contender:
 def contenders(gradient: torch.Tensor) -> dict[str, Callable[[], Contender]]:
     """Return how to set up everyone; the states of all at once might not fit."""
     found: dict[str, Callable[[], Contender]] = {
-        f"interlace {rule.name}, {form}": lambda rule=rule, split=split, narrow=narrow: ours(
+        f"interlace {name}, {form}": lambda rule=rule, split=split, narrow=narrow: ours(
             rule, gradient, split, narrow
         )
-        for rule in RULES
+        for name, rule in RULES.items()
         for form, (split, narrow) in FORMS.items()
     }
     found[FUSED] = lambda: torch_fused(gradient)
     found["sum of squares"] = lambda: (lambda _: sum_of_squares(gradient), 2)
+    found["histogram of magnitudes"] = lambda: (lambda _: magnitude_histogram(gradient, SCALE), 2)
     found[COPIED] = lambda: copy(gradient)
     return found
 

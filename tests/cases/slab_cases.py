@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from interlace.kernels.update import (
@@ -42,6 +43,17 @@ FORMS = {
     "all 16 bits": (torch.bfloat16, None, torch.bfloat16, True),
 }
 """Dtypes of gradient, weight (None: the master is the weight) and moments; split master or not."""
+
+CASES = {
+    f"{name}, {form}": (rule, form)
+    for name, rule in RULES.items()
+    for form in (
+        FORMS if name in ("adamw", "nesterov", "clipped sgd") else ("fp32 in place", "all 16 bits")
+    )
+}
+"""Every rule on the widest and the narrowest slabs, one of each kind on all."""
+
+EACH_CASE = pytest.mark.parametrize(("rule", "form"), CASES.values(), ids=CASES)
 
 
 def make_slab(form: str, rule: UpdateRule, elements: int, seed: int = 0) -> Slab:

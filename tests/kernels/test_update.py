@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slab_cases import FORMS, RULES, a_step, copy_of, make_slab, same_bits
+from slab_cases import CASES, EACH_CASE, FORMS, a_step, copy_of, make_slab, same_bits
 
 from interlace.kernels.update import (
     SGD,
@@ -24,8 +24,7 @@ from interlace.kernels.update import (
 from interlace.kernels.update.api import form_of
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@EACH_CASE
 def test_one_update_is_the_formula(rule: UpdateRule, form: str) -> None:
     slab, step = make_slab(form, rule, 5000), a_step(rule)
     whole = slab.master if slab.remainder is None else merge_master(slab.master, slab.remainder)
@@ -129,15 +128,15 @@ def test_fifty_updates_equal_torchs(rule: UpdateRule, theirs: type[torch.optim.O
 
 
 @given(
-    form=st.sampled_from(list(FORMS)),
-    rule=st.sampled_from(list(RULES.values())),
+    case=st.sampled_from(list(CASES.values())),
     elements=st.integers(1, 700),
     cuts=st.lists(st.integers(0, 700), max_size=6),
 )
 @settings(max_examples=80, deadline=None)
 def test_cutting_a_slab_changes_no_bit(
-    form: str, rule: UpdateRule, elements: int, cuts: list[int]
+    case: tuple[UpdateRule, str], elements: int, cuts: list[int]
 ) -> None:
+    rule, form = case
     whole = make_slab(form, rule, elements)
     pieces = copy_of(whole)
     step = a_step(rule)

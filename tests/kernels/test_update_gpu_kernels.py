@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from interpreter_cases import counted_bytes, shuffled_programs
-from slab_cases import FORMS, RULES, a_step, copy_of, make_slab, padded, same_bits
+from slab_cases import EACH_CASE, RULES, a_step, copy_of, make_slab, padded, same_bits
 
-from interlace.kernels.update import Slab, Step, UpdateRule, sum_of_squares, update
+from interlace.kernels.update import CoordinateClip, Slab, Step, UpdateRule, sum_of_squares, update
 from interlace.offload.schedule import Footprint
 
 pytest.importorskip("triton")
@@ -20,8 +20,6 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="tests/gpu runs the kernels themselves"
 )
 ROOT = Path(__file__).resolve().parents[2]
-EACH_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-EACH_FORM = pytest.mark.parametrize("form", FORMS)
 
 
 def update_by_triton(rule: UpdateRule, slab: Slab, number: int = 3) -> int:
@@ -31,8 +29,7 @@ def update_by_triton(rule: UpdateRule, slab: Slab, number: int = 3) -> int:
     return int(update_on_gpu(rule, slab, step, step.first_element))
 
 
-@EACH_RULE
-@EACH_FORM
+@EACH_CASE
 def test_the_bits_are_the_cpu_s(rule: UpdateRule, form: str) -> None:
     for elements in (1, 1023, 1024, 2500):
         ours = make_slab(form, rule, elements)
@@ -42,8 +39,7 @@ def test_the_bits_are_the_cpu_s(rule: UpdateRule, form: str) -> None:
         assert same_bits(ours, theirs)
 
 
-@EACH_RULE
-@EACH_FORM
+@EACH_CASE
 def test_the_order_of_programs_and_what_lies_beside_the_slab_do_not_matter(
     rule: UpdateRule, form: str
 ) -> None:
@@ -56,8 +52,23 @@ def test_the_order_of_programs_and_what_lies_beside_the_slab_do_not_matter(
     assert intact()
 
 
-@EACH_RULE
-@EACH_FORM
+# The interpreter's numpy warns of what a GPU does quietly.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_what_is_not_finite_is_guarded_or_carries_over_as_on_the_cpu(rule: UpdateRule) -> None:
+    ours = make_slab("fp32 in place", rule, 1100)
+    ours.gradient[::11] = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38, 0.0]).repeat(20)
+    theirs = copy_of(ours)
+    cut = update(rule, ours, a_step(rule))
+    assert update_by_triton(rule, theirs) == cut
+    pairs = zip((ours.master, *ours.moments), (theirs.master, *theirs.moments), strict=True)
+    assert all(torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0)) for one, other in pairs)
+    assert bool(ours.master.isfinite().all()) == (
+        isinstance(rule, CoordinateClip) or rule.name == "signum"
+    )
+
+
+@EACH_CASE
 def test_many_slabs_in_one_launch_are_each_updated_as_alone(rule: UpdateRule, form: str) -> None:
     from interlace.kernels.update.gpu import update_many_on_gpu
 
@@ -103,8 +114,7 @@ def steps_that_differ(rule: UpdateRule) -> list[Step]:
     ]
 
 
-@EACH_RULE
-@EACH_FORM
+@EACH_CASE
 def test_every_byte_moves_once_as_on_the_cpu(rule: UpdateRule, form: str) -> None:
     elements = 1500
     slab = make_slab(form, rule, elements)
@@ -182,8 +192,10 @@ cases = [
 ]
 types = state | integers | tables
 sums = {"values": "*bf16", "partial": "*fp64", "count": "i32"}
-for capability in (80, 90):
+for capability in (90, 80):
     for kernel, constants in cases:
+        if capability == 80 and constants["stage"]:
+            continue
         options = {"enable_fp_fusion": False}
         ptx = ptx_of(kernel, types, constants, capability=capability, options=options)
         wide = [len(re.findall(rf"{way}.global.v4.b32", ptx)) for way in ("ld", "st")]
@@ -225,4 +237,5 @@ def test_the_kernels_compile_for_a_gpu_and_move_16_bytes_at_a_time(tmp_path: Pat
         "sgd stage 3 3 0 2",
         "squares 4",
     ]
-    assert done.stdout.splitlines() == 2 * expected, done.stderr[-2000:]
+    without_clip = [line for line in expected if "stage" not in line]
+    assert done.stdout.splitlines() == expected + without_clip, done.stderr[-2000:]
