@@ -90,7 +90,7 @@ def runner_of(state: State, jobs: int) -> Runner:
     if state.space.request.on == "ray":
         from interlace.launch.sweep.ray_tune import RayRunner
 
-        return RayRunner(state.store, jobs, threads)
+        return RayRunner(state.store, jobs, threads, gpus=int(torch.cuda.is_available()))
     from interlace.launch.sweep.workers import LocalRunner
 
     return LocalRunner(state.store, state.space.code, jobs, threads, torch.cuda.device_count())

@@ -138,6 +138,20 @@ def winner(verdicts: Sequence[Judged]) -> Judged | None:
     return min(known, key=widest_loss, default=None)
 
 
+def against_standard(verdicts: Sequence[Judged]) -> list[tuple[Judged, float]]:
+    """Return every family under muP that has a counterpart without it, both with all optima, and
+    by how many nats its lowest loss at the widest width is above the counterpart's: a transfer that
+    costs loss is no gain.
+    """
+    known = {each.family: each for each in verdicts if each.bracketed}
+    pairs = [
+        (each, known.get(Family("standard", family.settings)))
+        for family, each in known.items()
+        if family.parametrisation == "mup"
+    ]
+    return [(m, widest_loss(m) - widest_loss(other)) for m, other in pairs if other is not None]
+
+
 def widest_loss(each: Judged) -> float:
     """Return the lowest mean loss of a family's widest width."""
     return each.transfer.optima[-1].loss if each.transfer else math.inf

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from interlace.launch.sweep.conducting import State
-from interlace.launch.sweep.judging import Judged
+from interlace.launch.sweep.judging import Judged, against_standard
 from interlace.launch.sweep.progress import power
 from interlace.launch.typeset import typeset
 from interlace.trainer.mup.transfer import (
@@ -28,6 +28,11 @@ def sweep_page(state: State, verdicts: Sequence[Judged]) -> str:
         f"{state.space.base_width}; {len(state.results)} trials, {found} of them from the store"
     )
     parts = [head, *(family_page(each) for each in verdicts)]
+    parts += [
+        "  ".join(["at its own optimum and the widest width muP's loss is", *each.family.settings])
+        + f" {abs(above):.4f} {'above' if above > 0 else 'below'} that of the standard one"
+        for each, above in against_standard(verdicts)
+    ]
     if state.failures:
         crashes = [f"{len(state.failures)} trials crashed; they run again when the sweep does:"]
         parts.append("\n".join([*crashes, *state.failures.values()]))

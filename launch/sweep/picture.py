@@ -108,7 +108,8 @@ def mark(axes: "Axes", log2_lr: float, curve: Sequence[tuple[float, float]], col
     """Mark an optimum on its curve, with a line down to the axis."""
     import numpy as np
 
-    height = float(np.interp(log2_lr, *zip(*curve, strict=True)))
+    rates, losses = [rate for rate, _ in curve], [loss for _, loss in curve]
+    height = float(np.interp(log2_lr, rates, losses))
     axes.vlines(log2_lr, 0, height, color=colour, linewidth=1, linestyle=":", zorder=0)
     axes.plot([log2_lr], [height], "D", color=colour, ms=8, mec="white", mew=1.4, zorder=5)
 

@@ -12,13 +12,14 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from interlace.launch.sweep.conducting import Ended, Job
 from interlace.launch.sweep.running import last_lines
 from interlace.launch.sweep.store import Store
 from interlace.trainer.errors import ConfigError
+
+CLOSING_SECONDS = 30.0
 
 ROUND = 10_000
 """Trials of one round at most."""
@@ -52,13 +53,18 @@ class RayRunner:
     threads: int
     gpus: int = 0
     waiting: list[Job] = field(default_factory=list[Job])
-    running: dict[str, Job] = field(default_factory=dict[str, Job])
-    ended: SimpleQueue[Ended] = field(default_factory=SimpleQueue[Ended])
+    running: list[Job] = field(default_factory=list[Job])
     round: threading.Thread | None = None
     failure: list[BaseException] = field(default_factory=list[BaseException])
 
     def __post_init__(self) -> None:
         check_ray()
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        import ray
+
+        # Here, not in a round: Ray's processes end with the thread that has started them.
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
 
     def room(self) -> int:
         """Return how many more trials can be started now: none while a round runs."""
@@ -69,71 +75,46 @@ class RayRunner:
         self.waiting.append(job)
 
     def wait(self, seconds: float) -> Sequence[Ended]:
-        """Return what has ended, waiting for so long at most; begin a round if none runs."""
+        """Return what has ended, waiting for so long at most; begin a round if none runs.
+
+        The store tells of results, wherever they come from; what has none when the round is over
+        has crashed.
+        """
         if self.round is None:
-            self.running = {job.key: job for job in self.waiting}
-            self.waiting = []
-            self.round = threading.Thread(target=self.run_round, daemon=True)
+            self.running, self.waiting = self.waiting, []
+            jobs = tuple(self.running)
+            self.round = threading.Thread(target=self.run_round, args=(jobs,), daemon=True)
             self.round.start()
-        found: list[Ended] = []
-        try:
-            found.append(self.ended.get(timeout=seconds))
-        except Empty:
-            if not self.round.is_alive():
-                found += self.close_round()
-        return found
-
-    def close_round(self) -> list[Ended]:
-        """Return what a finished round has not told of yet."""
-        self.round = None
-        if self.failure:
-            raise self.failure.pop()
-        found: list[Ended] = []
-        while not self.ended.empty():
-            found.append(self.ended.get())
-        rest = set(self.running) - {each.job.key for each in found}
-        found += [
-            self.told(self.running[key], "Ray ended without a result") for key in sorted(rest)
+        self.round.join(seconds)
+        over = not self.round.is_alive()
+        if over:
+            self.round = None
+            if self.failure:
+                raise self.failure.pop()
+        read = [(job, self.store.read(job.key)) for job in self.running]
+        self.running = [] if over else [job for job, result in read if result is None]
+        return [
+            Ended(job, result, "" if result is not None else self.crash_of(job))
+            for job, result in read
+            if result is not None or over
         ]
-        self.running = {}
-        return found
 
-    def told(self, job: Job, problem: str) -> Ended:
-        """Return how a trial ended, by what the store has of it."""
-        result = self.store.read(job.key)
-        if result is not None:
-            return Ended(job, result)
+    def crash_of(self, job: Job) -> str:
+        """Return what is known of a trial that left no result."""
         log = self.store.log_of(job.key)
-        lines = [problem, *(f"    {line}" for line in last_lines(log)), f"    log: {log}"]
-        return Ended(job, None, "\n".join(lines))
+        lines = [f"    {line}" for line in last_lines(log)]
+        return "\n".join(["it crashed under Ray", *lines, f"    log: {log}"])
 
-    def run_round(self) -> None:
+    def run_round(self, jobs: Sequence[Job]) -> None:
         """Let Tune run all trials of a round."""
         try:
-            self.tune()
+            self.tune(jobs)
         except Exception as error:
             self.failure.append(error)
 
-    def tune(self) -> None:
+    def tune(self, jobs: Sequence[Job]) -> None:
         """Hand the trials to Tune and wait for the last of them."""
-        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-        import ray
         from ray import tune
-
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-        runner = self
-
-        class Listener(tune.Callback):
-            """Tells of every trial when it ends."""
-
-            def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                """Take note of a finished trial."""
-                runner.hear(trial, "it left no result")
-
-            def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                """Take note of a crashed trial."""
-                runner.hear(trial, "it crashed under Ray")
 
         requests = [
             {
@@ -142,29 +123,23 @@ class RayRunner:
                 "store": os.fspath(self.store.folder),
                 "folder": os.fspath(Path.cwd()),
             }
-            for job in self.running.values()
+            for job in jobs
         ]
         resources = {"cpu": float(self.threads), "gpu": float(self.gpus)}
         tuner = tune.Tuner(
             tune.with_resources(ray_trial, resources),
             param_space={"request": tune.grid_search(requests)},
             tune_config=tune.TuneConfig(max_concurrent_trials=self.jobs),
-            run_config=tune.RunConfig(
-                storage_path=os.fspath(self.store.folder / "ray"), verbose=0, callbacks=[Listener()]
-            ),
+            run_config=tune.RunConfig(storage_path=os.fspath(self.store.folder / "ray"), verbose=0),
         )
         tuner.fit()
 
-    def hear(self, trial: Any, problem: str) -> None:
-        """Take note that Tune says a trial has ended."""
-        job = self.running.pop(str(trial.config["request"]["key"]), None)
-        if job is not None:
-            self.ended.put(self.told(job, problem))
-
     def close(self) -> None:
-        """Stop Ray, if it was started here."""
+        """Stop Ray; a round whose trials have all ended may finish its own records first."""
         import ray
 
+        if self.round is not None and not self.running:
+            self.round.join(CLOSING_SECONDS)
         if ray.is_initialized():
             ray.shutdown()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from interlace.launch.sweep.conducting import State
-from interlace.launch.sweep.judging import Judged
+from interlace.launch.sweep.judging import Judged, against_standard
 from interlace.launch.sweep.trials import Trial
 from interlace.trainer.mup.transfer import Transfer, Valley
 from interlace.trainer.run_folder import write_atomically, write_json
@@ -97,6 +97,10 @@ def sweep_document(state: State, verdicts: Sequence[Judged]) -> dict[str, Any]:
                 "valleys": [valley_document(valley) for valley in each.valleys],
             }
             for each in verdicts
+        ],
+        "above_standard": [
+            {"settings": each.family.settings, "nats": above}
+            for each, above in against_standard(verdicts)
         ],
         "trials": trial_rows(state),
         "crashed": [
