@@ -5,8 +5,8 @@ The task is that of mixed precision: a bfloat16 gradient comes in, fp32 master a
 updated, a bfloat16 weight goes out, gradients are scaled on the way. torch's fused AdamW needs fp32
 gradients: one pass widens and scales before, one rounds after. Rounds alternate in one process;
 medians count. Bytes are those of the one-pass task for everyone, so GB/s compare directly; the roof
-is what a copy on the device reaches, its own bytes counted. Sums of squares, for the gradient norm, and histograms
-of magnitudes, for quantiles, are measured as well.
+is what a copy on the device reaches, its own bytes counted. Sums of squares, for the gradient norm,
+and histograms of magnitudes, for quantiles, are measured as well.
 
     python benchmarks/gpu_update.py [--elements 200000000] [--rounds 20] [--save]
 
