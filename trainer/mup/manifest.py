@@ -10,6 +10,7 @@ refused.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -268,7 +269,7 @@ def entry_of(
         for here, there, growing in zip(piece.sides, base.sides, grows, strict=True)
     ]
     part = part_of(*grows)
-    in_block = piece.name.startswith("layers.") and mup.base_layers is not None
+    in_block = piece.name.startswith(("layers.", "modulations.")) and mup.base_layers is not None
     depth = config.model.layers / mup.base_layers if in_block and mup.base_layers else 1.0
     growth = Growth(
         part=part,
@@ -326,4 +327,6 @@ def multipliers_of(
             yield f"{name}.multiplier", mup.base_layers / config.model.layers
         scaled = mup.grows == "head_width" and "attention_scale" not in mup.without
         if isinstance(module, Attention) and scaled:
-            yield f"{name}.score_scale", head_width(base.model) ** 0.5 / module.head_width
+            at_base = head_width(base.model)
+            # At the base width itself this is the module's own number, to the last bit.
+            yield f"{name}.score_scale", at_base / module.head_width / math.sqrt(at_base)
