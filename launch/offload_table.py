@@ -37,6 +37,7 @@ def offload_lines(plan: Plan) -> list[str]:
         f"{human_bytes(placement.host_budget_bytes)} on the host, per rank",
         f"  compute of a step        {human_seconds(placement.compute_seconds)}",
         f"  communication            {communication_words(plan)}",
+        *reference_lines(placement),
     ]
     if not placement.forecasts:
         return [*lines, "  copy and update rates of this machine are not measured"]
@@ -47,6 +48,34 @@ def offload_lines(plan: Plan) -> list[str]:
         *home_table(placement),
         *advice(plan),
     ]
+
+
+def reference_lines(placement: OffloadPlan) -> list[str]:
+    """Return what the update rule saves against AdamW, where it is another."""
+    reference, chosen = placement.reference, placement.chosen
+    if reference is None:
+        return []
+    lines = [
+        f"  moments                  {placement.moment_bytes} bytes per parameter, AdamW's "
+        f"{reference.moment_bytes}"
+    ]
+    if not placement.forecasts:
+        return lines
+    ours = "does not fit"
+    if chosen is not None and chosen.problem is None:
+        ours = update_words(chosen.update_seconds, chosen.exposed_seconds, chosen.overlap)
+    theirs = "does not fit"
+    if reference.update_seconds is not None and reference.exposed_seconds is not None:
+        theirs = update_words(
+            reference.update_seconds, reference.exposed_seconds, reference.overlap
+        )
+    return [*lines, f"  update                   {ours}; AdamW's {theirs}"]
+
+
+def update_words(update: float, exposed: float, overlap: str) -> str:
+    """Say how long an update takes and how much of it compute waits for."""
+    beside = "" if overlap == "none" else f" beside {overlap}"
+    return f"{human_seconds(update)}{beside}, {human_seconds(exposed)} of it exposed"
 
 
 def communication_words(plan: Plan) -> str:
@@ -130,8 +159,8 @@ def draw_plan(config: RunConfig, setting: Setting, path: Path) -> None:
     """
     machine = with_active_ranks(setting.hardware, setting.ranks_per_host)
     timelines: dict[str, Timeline] = {
-        f"{strategy} (predicted)": predicted_timeline(schedule, machine)
-        for strategy, schedule in update_schedules(config, setting).items()
+        f"{strategy} (predicted)": predicted_timeline(schedule, machine, window.backward)
+        for strategy, (schedule, window) in update_schedules(config, setting).items()
     }
     if not timelines:
         raise ConfigError(

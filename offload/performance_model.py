@@ -208,7 +208,7 @@ class Search:
         self.player = Player(self.subgroups, self.rates)
         self.few = len(self.subgroups) <= PLAYED_SUBGROUPS // 10
         self.played = 0
-        self.times = Times(math.inf, [])
+        self.times = Times(math.inf, [], [])
 
     def best(self, stride: int | None) -> list[Home]:
         """Return the best homes.
@@ -399,14 +399,18 @@ def exposed_seconds(
 
     The next forward pass takes the subgroups in order, each for its share of the pass, and waits
     where its weights are not new yet. An update with nothing to run beside is waited for
-    to its end.
+    to its end. Backward hides updates but for those whose gradients come last: it reaches what
+    forward uses first at its end.
     """
-    if window.forward == 0.0:
-        return max(0.0, late + times.makespan - window.backward)
     total = sum(subgroup.elements for subgroup in subgroups) or 1
-    clock = 0.0
-    for ready, subgroup in zip(times.ready, subgroups, strict=True):
-        clock = max(clock, late + ready - window.backward)
+    clock = late + times.makespan - window.backward if window.forward == 0.0 else 0.0
+    before = 0
+    for ready, alone, subgroup in zip(times.ready, times.alone, subgroups, strict=True):
+        new = late + ready - window.backward
+        if window.backward:
+            new = max(new, alone - window.backward * before / total)
+        clock = max(clock, new)
+        before += subgroup.elements
         clock += window.forward * subgroup.elements / total
     return max(0.0, clock - window.forward)
 

@@ -99,10 +99,12 @@ class Times:
     Attributes:
         makespan: Seconds from the first to the last event.
         ready: When each subgroup's weights are new.
+        alone: Seconds until they are, were there no other subgroup.
     """
 
     makespan: float
     ready: list[float]
+    alone: list[float]
 
 
 def pieces_of(
@@ -136,6 +138,16 @@ def pieces_of(
     }
 
 
+def seconds_alone(home: Home, pieces: Sequence[Sequence[Piece]]) -> list[float]:
+    """Return how long every subgroup of a home takes to have new weights, one piece after another,
+    with all lanes to itself.
+    """
+    needed = [lane for lane in LANE_NUMBERS if pieces[lane] and lane != D2H]
+    assert needed, f"{home} updates on some lane"
+    each = zip(*(pieces[lane] for lane in needed), strict=True)
+    return [sum(piece[0] for piece in of_one) for of_one in each]
+
+
 class Player:
     """Plays updates of the same subgroups with any homes.
 
@@ -146,6 +158,7 @@ class Player:
 
     def __init__(self, subgroups: Sequence[Subgroup], rates: OffloadRates) -> None:
         self.pieces = pieces_of(subgroups, rates)
+        self.alone = {home: seconds_alone(home, self.pieces[home]) for home in Home}
         self.blocking = [subgroup.footprint.upload_blocks for subgroup in subgroups]
         self.memory_rate = rates.host_dram_bytes_per_second / rates.ranks_per_node
         self.duplex = rates.duplex_efficiency
@@ -170,7 +183,8 @@ class Player:
             makespan = stop
             if lane == DEVICE or (lane == H2D and homes[number] is Home.HOST):
                 ready[number] = stop
-        return Times(makespan, ready)
+        alone = [self.alone[home][number] for number, home in enumerate(homes)]
+        return Times(makespan, ready, alone)
 
     def run(self, homes: Sequence[Home], slots: int) -> list[Done]:
         """Do all pieces; return them in the order in which they end."""

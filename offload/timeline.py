@@ -28,6 +28,9 @@ COLOURS = {
     "late gradients": "#b8a2ca",
 }
 
+BACKWARD_COLOUR = "#e8e8e8"
+"""Behind what runs beside backward."""
+
 BEFORE = 0.25
 """How much of the time before an update a picture shows, as a share of the longest update."""
 
@@ -58,9 +61,15 @@ class TimelineEvent:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The events of one update."""
+    """The events of one update.
+
+    Attributes:
+        events: In any order.
+        backward: Seconds of backward that the update is predicted to run beside, from its begin.
+    """
 
     events: tuple[TimelineEvent, ...]
+    backward: float = 0.0
 
     @cached_property
     def makespan(self) -> float:
@@ -142,6 +151,8 @@ def draw_gantt(timelines: Mapping[str, Timeline], path: Path, note: str = "") ->
     charts[-1].set_xlabel(f"time since the update began ({unit})")
     shown = {event.what for t in timelines.values() for event in t.events}
     keys = [Patch(color=colour, label=what) for what, colour in COLOURS.items() if what in shown]
+    if any(timeline.backward for timeline in timelines.values()):
+        keys.append(Patch(color=BACKWARD_COLOUR, label="backward goes on"))
     figure.legend(handles=keys, loc="outside lower center", ncols=max(1, len(keys)), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -169,6 +180,8 @@ def draw_lanes(
     begin, end = (edge * factor for edge in window)
     span = end - begin
     zero = min((event.start for event in update_part(timeline).events), default=0.0)
+    if timeline.backward:
+        chart.axvspan(0.0, min(timeline.backward * factor, end), color=BACKWARD_COLOUR, zorder=0)
     for row, lane in enumerate(LANES):
         events = [
             event

@@ -43,7 +43,7 @@ from interlace.trainer.capacity import (
     room_of,
     shortage_of,
 )
-from interlace.trainer.config.clip_checks import waits_for_all_gradients
+from interlace.trainer.config.clip_checks import clips_coordinates, waits_for_all_gradients
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.rules import rule_of
 
@@ -93,6 +93,24 @@ class Forecast(BaseModel):
     bound_by: str = ""
 
 
+class Reference(BaseModel):
+    """What AdamW would take in place of the recipe's rule.
+
+    Attributes:
+        moment_bytes: Of one parameter.
+        overlap: What its updates would run beside.
+        update_seconds: From the first to the last event of an update; None without rates, or where
+            its state does not fit.
+        exposed_seconds: The part that no compute hides; likewise.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    moment_bytes: int
+    overlap: Overlap
+    update_seconds: float | None
+    exposed_seconds: float | None
+
+
 class OffloadPlan(BaseModel):
     """How optimizer state is placed.
 
@@ -109,6 +127,8 @@ class OffloadPlan(BaseModel):
         problem: Why the recipe's own strategy does not fit and what to type, or None.
         shortage: The same in a few words.
         forecasts: One per strategy; empty while the machine's rates are unknown.
+        moment_bytes: Of one parameter.
+        reference: AdamW beside it, where the rule is another.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -124,6 +144,8 @@ class OffloadPlan(BaseModel):
     problem: str | None
     shortage: str | None
     forecasts: tuple[Forecast, ...]
+    moment_bytes: int
+    reference: Reference | None
 
     @property
     def chosen(self) -> Forecast | None:
@@ -214,6 +236,30 @@ def place(config: RunConfig, facts: Circumstances) -> OffloadPlan:
         problem=own.shortage.long if own.shortage else None,
         shortage=own.shortage.short if own.shortage else None,
         forecasts=tuple(forecast(name, outcomes[name], facts) for name in outcomes),
+        moment_bytes=moment_bytes(config),
+        reference=reference_of(config, facts),
+    )
+
+
+def reference_of(config: RunConfig, facts: Circumstances) -> Reference | None:
+    """Return what AdamW would take with the recipe's other settings; None where it is the rule."""
+    if config.optimizer.rule == "adamw" and not clips_coordinates(config):
+        return None
+    offload, plain = config.offload, config.coordinate_clip.model_copy(update={"stage": "none"})
+    if offload.overlap == "backward":
+        # As much as stays exact: it waits for the norm, where it clips by it.
+        offload = offload.model_copy(update={"overlap": "auto"})
+    adamw = config.optimizer.model_copy(update={"rule": "adamw", "nesterov": False})
+    changes = {"optimizer": adamw, "coordinate_clip": plain, "offload": offload}
+    twin = config.model_copy(update=changes)
+    outcome = outcome_of(twin, facts, offload.strategy)
+    fits = outcome.shortage is None and outcome.schedule is not None
+    expected = outcome.schedule.prediction if fits and outcome.schedule else None
+    return Reference(
+        moment_bytes=moment_bytes(twin),
+        overlap=outcome.overlap,
+        update_seconds=expected.update_seconds if expected else None,
+        exposed_seconds=expected.exposed_seconds if expected else None,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pydantic import BaseModel, ConfigDict
 
 from interlace.offload.hardware import HardwareProfile, with_active_ranks
-from interlace.offload.schedule import Schedule
+from interlace.offload.schedule import HiddenWindow, Schedule
 from interlace.trainer.attention_choice import attention_backend
 from interlace.trainer.capacity import DeviceMemory, Memory
 from interlace.trainer.communication import Traffic, communication_seconds
@@ -20,7 +20,14 @@ from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.cost import ForwardPass, idle_parameters, parameter_count
 from interlace.trainer.models.depth import layer_patterns
 from interlace.trainer.objectives import Accompanied, objective_of
-from interlace.trainer.placement import Circumstances, OffloadPlan, place, schedules
+from interlace.trainer.placement import (
+    Circumstances,
+    OffloadPlan,
+    overlap_of,
+    place,
+    schedules,
+    window_of,
+)
 from interlace.trainer.rules import rule_of
 
 DEFAULT_MICROBATCH_TOKENS = 16_384
@@ -258,11 +265,17 @@ def circumstances(
     )
 
 
-def update_schedules(config: RunConfig, setting: Setting) -> dict[str, Schedule]:
-    """Return the schedule of every strategy that fits, by name."""
+def update_schedules(
+    config: RunConfig, setting: Setting
+) -> dict[str, tuple[Schedule, HiddenWindow]]:
+    """Return the schedule of every strategy that fits, by name, and what hides it."""
     rows = config.train.tokens_per_step // config.data.sequence_length // setting.world_size
     microbatch = microbatch_rows(config, rows)
-    return schedules(config, circumstances(config, setting, microbatch, rows // microbatch))
+    facts = circumstances(config, setting, microbatch, rows // microbatch)
+    return {
+        strategy: (schedule, window_of(overlap_of(config, strategy), facts))
+        for strategy, schedule in schedules(config, facts).items()
+    }
 
 
 def shard_size(config: RunConfig, setting: Setting) -> int:
