@@ -99,9 +99,8 @@ def check_target(space: Space, target: str) -> None:
         try:
             load_recipe(target, overrides_of(tables))
         except ConfigError as error:
-            raise ConfigError(
-                [f"--transfer-to {target}: {text}" for text in error.problems]
-            ) from None
+            problems = [f"--transfer-to {target}: {text}" for text in error.problems]
+            raise ConfigError(problems) from None
 
 
 def overrides_of(tables: Tables) -> list[str]:

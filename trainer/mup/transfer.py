@@ -173,9 +173,9 @@ def vertex(means: Mapping[float, float]) -> float | None:
     """Return the learning rate (log2) at which a valley is deepest.
 
     A parabola by least squares through the lowest point, its two neighbours and up to two more
-    that are nearest to it and in the valley. The neighbours count as such even where they are far
-    above: without them there is no curvature. A diverged neighbour gives none, but does bracket;
-    the lowest point itself is the answer then.
+    that are nearest to it and in the valley. Without neighbours there is no curvature, so one that
+    is far above, or diverged, counts as if it were at the rim of the valley: further up the slope
+    is no parabola's, and would push the vertex away from itself.
 
     Args:
         means: Mean losses by log2 of the learning rate.
@@ -191,8 +191,7 @@ def vertex(means: Mapping[float, float]) -> float | None:
     if place in (0, len(rates) - 1):
         return None
     low, high = rates[place - 1], rates[place + 1]
-    if not (math.isfinite(means[low]) and math.isfinite(means[high])):
-        return lowest
+    rim = means[lowest] + VALLEY * abs(means[lowest])
     near = sorted(rates, key=lambda rate: (abs(rate - lowest), rate))
     more = [
         rate
@@ -200,7 +199,7 @@ def vertex(means: Mapping[float, float]) -> float | None:
         if rate not in (low, lowest, high) and in_valley(means[rate], means[lowest])
     ]
     fitted = [low, lowest, high, *more[: MOST_FITTED - 3]]
-    found = parabola_vertex(fitted, [means[rate] for rate in fitted])
+    found = parabola_vertex(fitted, [min(means[rate], rim) for rate in fitted])
     return None if found is None else min(max(found, low), high)
 
 
