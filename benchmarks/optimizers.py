@@ -23,9 +23,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from results import RESULTS, Row, save, table
@@ -98,6 +101,7 @@ class Setting:
     """What all runs have in common."""
 
     steps: int
+    seeds: int
     prepared: str
 
     def words(self, rule: str, log2_lr: int, seed: int, folder: str) -> list[str]:
@@ -135,6 +139,16 @@ class Setting:
         found.seconds = time.process_time() - start
         take_in(found, records, self.steps)
         return found
+
+    def compete(self, rule: str) -> tuple[dict[int, Training], list[Training]]:
+        """Return the runs of the search for a rule's best learning rate, and those with it."""
+        torch.set_num_threads(1)
+        best, search = tuned(self, rule)
+        runs: list[Training] = []
+        for seed in range(self.seeds):
+            runs.append(self.train(rule, best, seed, measure=True))
+            print(f"{rule}: 2^{best}, seed {seed}: {runs[-1].held_out:.4f}", flush=True)
+        return search, runs
 
 
 def train(words: Sequence[str]) -> list[StepRecord]:
@@ -295,18 +309,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/optimizers*")
     arguments = parser.parse_args()
-    tuning: dict[str, dict[int, Training]] = {}
-    found: dict[str, list[Training]] = {}
-    with tempfile.TemporaryDirectory() as prepared:
-        setting = Setting(arguments.steps, prepared)
-        for rule in RULES:
-            best, tuning[rule] = tuned(setting, rule)
-            found[rule] = []
-            for seed in range(arguments.seeds):
-                found[rule].append(setting.train(rule, best, seed, measure=True))
-                print(f"{rule}: 2^{best}, seed {seed}: {found[rule][-1].held_out:.4f}", flush=True)
+    with (
+        tempfile.TemporaryDirectory() as prepared,
+        ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool,
+    ):
+        setting = Setting(arguments.steps, arguments.seeds, prepared)
+        # The corpus is tokenised once, before processes want it.
+        Setting(1, 1, prepared).train("SGD", FIRST, TUNING_SEED)
+        outcomes = dict(zip(RULES, pool.map(setting.compete, RULES), strict=True))
+    tuning = {rule: runs for rule, (runs, _) in outcomes.items()}
+    found = {rule: runs for rule, (_, runs) in outcomes.items()}
     rows = [row_of(rule, runs, found["AdamW"]) for rule, runs in found.items()]
     said = verdicts(found)
     seconds = sum(
