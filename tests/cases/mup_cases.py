@@ -10,6 +10,10 @@ from torch import nn
 
 from interlace.trainer.config.checks import validate
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.models.model import Model
+from interlace.trainer.mup.manifest import manifest_of
+from interlace.trainer.mup.parametrise import built
+from interlace.trainer.mup.widths import at_width
 
 BASE, WIDTH, VOCABULARY = 32, 128, 257
 
@@ -102,6 +106,22 @@ class Twin(nn.Module):
 
 def twin_of(config: RunConfig, width: int | None = None, *, tied: bool = False) -> Twin:
     """Return the twin of a recipe's model, at another width."""
-    from interlace.trainer.mup.widths import at_width
-
     return Twin(config if width is None else at_width(config, width), tied=tied)
+
+
+def model_of(
+    config: RunConfig, dtype: torch.dtype = torch.float64, *, spread: float = 0.0
+) -> Model:
+    """Return a recipe's model with its multipliers and its start, and noise on every weight, so that
+    none of them is without effect.
+    """
+    with torch.device("meta"):
+        model = built(config, VOCABULARY, dtype)
+    model = model.to(dtype).to_empty(device="cpu")
+    model.initialise(config.run.seed, manifest_of(config, VOCABULARY).rescale)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(spread * noise.to(dtype))
+    return model.eval()
