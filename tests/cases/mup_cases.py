@@ -112,8 +112,8 @@ def twin_of(config: RunConfig, width: int | None = None, *, tied: bool = False) 
 def model_of(
     config: RunConfig, dtype: torch.dtype = torch.float64, *, spread: float = 0.0
 ) -> Model:
-    """Return a recipe's model with its multipliers and its start, and noise on every weight, so that
-    none of them is without effect.
+    """Return a recipe's model with its multipliers and its start, and noise on every weight, so
+    that none of them is without effect.
     """
     with torch.device("meta"):
         model = built(config, VOCABULARY, dtype)
