@@ -232,9 +232,76 @@ def test_a_checkpoint_is_as_large_as_the_rule_makes_it(plan_of: PlanOf) -> None:
         (("offload.moments=bfloat16",), 8),
         (("optimizer.rule=sgd",), 8),
         (("optimizer.rule=sgd", "offload.moments=bfloat16"), 6),
+        (("optimizer.rule=clipped_sgd", "optimizer.beta1=0"), 4),
     ):
         plan = plan_of("gpt_1b_offload", "--hardware", "h200", *words)
         assert plan["checkpoint_bytes"] == size * plan["parameters"]
+
+
+@pytest.mark.parametrize("machine", ["h200", "4xh100-pcie5"])
+def test_clipped_updates_are_shorter_and_hidden_beside_backward(
+    machine: str, plan_of: PlanOf
+) -> None:
+    words = ("gpt_7b_offload", "--hardware", machine)
+    adamw = plan_of(*words)
+    assert adamw["offload"]["reference"] is None
+    for also, moments in (
+        ((), 4),
+        (("offload.moments=bfloat16",), 2),
+        (("optimizer.beta1=0",), 0),
+    ):
+        plan = plan_of(*words, "optimizer.rule=clipped_sgd", *also)
+        placement, reference = plan["offload"], plan["offload"]["reference"]
+        assert (placement["overlap"], reference["overlap"]) == ("backward", "forward")
+        assert placement["hidden_window"]["backward"] > 0
+        assert placement["moment_bytes"] == moments
+        if "offload.moments=bfloat16" not in also:
+            assert reference["moment_bytes"] == 8
+            assert reference["exposed_seconds"] == chosen(adamw)["exposed_seconds"]
+        for before, now in zip(adamw["offload"]["forecasts"], placement["forecasts"], strict=True):
+            if now["problem"] is None and before["problem"] is None:
+                assert 0 < now["exposed_seconds"] < before["exposed_seconds"], now["strategy"]
+                assert now["update_seconds"] < before["update_seconds"]
+
+
+def test_a_rule_is_compared_with_adamw_in_words_and_pictures(
+    page_of: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Timeline] = {}
+    monkeypatch.setattr(
+        "interlace.launch.offload_table.draw_gantt", lambda found, _: drawn.update(found)
+    )
+    words = ("gpt_7b_offload", "--hardware", "4xh100-pcie5", "--timeline", str(tmp_path / "a.png"))
+    page = page_of(*words, "optimizer.rule=clipped_sgd")
+    assert "moments                  4 bytes per parameter, AdamW's 8" in page
+    assert (
+        "update                   101 ms beside backward, 791 us of it exposed; AdamW's 321 ms "
+        "beside forward, 65.5 ms of it exposed"
+    ) in page
+    assert {timeline.backward > 0.5 for timeline in drawn.values()} == {True}
+    drawn.clear()
+    assert "AdamW's" not in page_of(*words)
+    assert {timeline.backward for timeline in drawn.values()} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "overlap"),
+    [
+        ((), "backward"),
+        (("optimizer.clip=1.0",), "forward"),
+        (("coordinate_clip.policy=lagged_quantile",), "backward"),
+        (("coordinate_clip.policy=global_quantile",), "forward"),
+        (("optimizer.rule=adamw", "coordinate_clip.stage=gradient"), "backward"),
+        (("optimizer.rule=adamw",), "forward"),
+        (("optimizer.rule=signum", "optimizer.clip=0"), "backward"),
+    ],
+    ids=lambda value: " ".join(value) or "plain" if isinstance(value, tuple) else value,
+)
+def test_updates_run_beside_backward_where_none_waits_for_all_gradients(
+    words: tuple[str, ...], overlap: str, plan_of: PlanOf
+) -> None:
+    plan = plan_of("gpt_1b_offload", "--hardware", "h200", "optimizer.rule=clipped_sgd", *words)
+    assert plan["offload"]["overlap"] == overlap
 
 
 def test_ranks_of_a_cpu_share_its_cores(plan_of: PlanOf) -> None:

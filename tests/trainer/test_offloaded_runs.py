@@ -14,6 +14,7 @@ from ranks import run_on_ranks
 from interlace.offload.hardware import load_profile
 from interlace.offload.measure import cache_path, keep
 from interlace.trainer.checkpoint.commit import CheckpointStore
+from interlace.trainer.checkpoint.state import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("offload.subgroup_elements=3000", "offload.device_budget_gib=0.00012")
@@ -26,7 +27,16 @@ WAYS = {
     "optimal, overlap none": ("offload.strategy=optimal", "offload.overlap=none", *SMALL),
 }
 
-OFTEN = {("optimal", "clipped"), ("optimal", "unclipped")}
+CLIPPED = ("optimizer.rule=clipped_sgd", "optimizer.peak_lr=0.3", "coordinate_clip.threshold=0.003")
+LAGGED = (*CLIPPED[:2], "coordinate_clip.policy=lagged_quantile")
+CLIPS = {
+    "clipped": (),
+    "unclipped": ("optimizer.clip=0",),
+    "coordinates": CLIPPED,
+    "quantiles": LAGGED,
+}
+
+OFTEN = {("optimal", "clipped"), ("optimal", "unclipped"), ("optimal", "quantiles")}
 """What `make test` runs; the rest is for `make test-long`."""
 
 Interlace = Callable[..., Any]
@@ -57,7 +67,7 @@ def resident(
             way, clip, id=f"{way}, {name}", marks=() if (way, name) in OFTEN else pytest.mark.long
         )
         for way in WAYS
-        for name, clip in (("clipped", ()), ("unclipped", ("optimizer.clip=0",)))
+        for name, clip in CLIPS.items()
     ],
 )
 def test_on_two_ranks_every_strategy_has_the_losses_of_the_resident_run(
@@ -88,8 +98,10 @@ def test_on_two_ranks_every_strategy_has_the_losses_of_the_resident_run(
         pytest.param(("offload.moments=bfloat16",), marks=pytest.mark.long),
         pytest.param(("train.microbatch_rows=1",), marks=pytest.mark.long),
         pytest.param(("optimizer.rule=sgd", "optimizer.peak_lr=0.01"), marks=pytest.mark.long),
+        pytest.param((*LAGGED, "offload.moments=bfloat16"), marks=pytest.mark.long),
+        pytest.param((*CLIPPED, "optimizer.beta1=0"), marks=pytest.mark.long),
     ],
-    ids=["plain", "split", "bf16 moments", "accumulated", "sgd"],
+    ids=["plain", "split", "bf16 moments", "accumulated", "sgd", "quantiles", "no state"],
 )
 def test_bf16_weights_with_every_form_of_state(
     form: tuple[str, ...],
@@ -136,7 +148,17 @@ def test_a_checkpoint_goes_on_under_another_strategy_and_another_number_of_ranks
     assert last["val_loss"] == pytest.approx(expected["val_loss"], abs=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "points"),
+    [
+        ((), ("step.forward@7", "step.backward@9", "step.update@8")),
+        (LAGGED, ("step.backward@9",)),
+    ],
+    ids=["adamw", "quantiles"],
+)
 def test_a_kill_during_an_overlapped_update_loses_nothing(
+    settings: tuple[str, ...],
+    points: Sequence[str],
     interlace: Interlace,
     tiny: Sequence[str],
     resident: Callable[..., Path],
@@ -144,12 +166,70 @@ def test_a_kill_during_an_overlapped_update_loses_nothing(
     tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
-    words = (*tiny, *WAYS["optimal"], f"run.dir={run}")
-    for point in ("step.forward@7", "step.backward@9", "step.update@8"):
+    words = (*tiny, *WAYS["optimal"], *settings, f"run.dir={run}")
+    for point in points:
         done = interlace("train", *words, environment={"INTERLACE_FAILPOINT": point})
         assert done.returncode == -9
     assert interlace("train", *words).returncode == 0
-    assert losses_of(run) == losses_of(resident(1))
+    assert losses_of(run) == losses_of(resident(1, *settings))
+
+
+def test_thresholds_are_part_of_a_checkpoint_on_any_number_of_ranks_and_clipping_is_told(
+    interlace: Interlace, tiny: Sequence[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (*tiny, *LAGGED, f"run.dir={run}", "train.steps=10", "checkpoint.every_steps=5")
+    done = interlace("train", *words, *WAYS["optimal"], ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reader = open_checkpoint(CheckpointStore(run / "checkpoints"), 10).reader
+    thresholds = [name for name in reader.index if name.endswith(".threshold")]
+    assert len(thresholds) == sum(name.endswith(".step") for name in reader.index)
+    assert all(float(reader.read_whole(name)) > 0 for name in thresholds)
+    for ranks, way in ((1, "host"), (4, "optimal")):
+        step, digest = live_digest(run, ranks, tmp_path, *WAYS[way])
+        assert (step, digest) == (10, stored_digest(run, 10)), (ranks, way)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # Logged are the first step, before which nothing was updated, and the tenth.
+    assert [record["step"] for record in records if "clip_fraction" in record] == [10]
+    assert 0.02 < records[-1]["clip_fraction"] < 0.5
+    assert tags_of(run) >= {"model/clip_fraction", "model/clip_fraction.embedding.weight"}
+
+
+def tags_of(run: Path) -> set[str]:
+    """Return the names of all numbers in a run's TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    return set(board.Tags()["scalars"])
+
+
+def test_a_policy_may_change_when_a_run_goes_on(
+    interlace: Interlace, tiny: Sequence[str], tmp_path: Path
+) -> None:
+    words = (*tiny, f"run.dir={tmp_path / 'run'}", *CLIPPED)
+    for steps, policy in ((5, "fixed"), (10, "lagged_quantile"), (15, "fixed")):
+        change = (f"train.steps={steps}", f"coordinate_clip.policy={policy}")
+        done = interlace("train", *words, *change)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_guarded_update_that_is_not_finite_is_told_and_counted_but_not_skipped(
+    interlace: Interlace, tiny: Sequence[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (*tiny, *CLIPPED, *WAYS["host"], f"run.dir={run}", "train.max_bad_steps=3")
+    done = interlace("train", *words, "optimizer.peak_lr=1e36")
+    assert done.returncode == 1
+    assert "is not finite; coordinates that are not count as 0 (1 in a row" in done.stdout
+    assert "3 steps in a row had a loss or gradient that is not finite" in done.stderr
+    assert "=1e+36, and resume." in done.stderr
+    assert "Traceback" not in done.stderr
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    bad = [record for record in records if record["loss"] == "nan" or record["grad_norm"] == "nan"]
+    assert bad
+    assert not any("skipped" in record for record in records)
+    assert len(list((run / "evidence").iterdir())) == 1
 
 
 def test_a_traced_run_leaves_a_trace_a_picture_and_words(
