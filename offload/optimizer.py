@@ -6,6 +6,9 @@ performance model for a home for each, and from then on behaves like any optimiz
 delivers gradients, `step` updates, schedulers change `param_groups`. Parameters stay where they
 are; plain tensors, DDP's and FSDP2's `DTensor` shards all work. Reference: Deep Optimizer States
 (arXiv 2410.21316).
+
+Fastest is `clipped_sgd` with `overlap="backward"`: clipped coordinates need no norm, so a subgroup
+is updated once its own gradient is complete, with half of Adam's state or none to move.
 """
 
 import math
