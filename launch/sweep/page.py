@@ -100,6 +100,11 @@ def share(value: float | None, digits: int = 0) -> str:
     return f"{100 * value:.{digits}f}%" if math.isfinite(value) else "diverged"
 
 
+def signed(octaves: float) -> str:
+    """Return octaves with their sign; nothing is not less than nothing."""
+    return f"{round(octaves, 2) + 0.0:+.2f}"
+
+
 def passing(passes: bool) -> str:
     """Return the word for a limit that is kept or not."""
     return "passes" if passes else "FAILS"
@@ -110,14 +115,14 @@ def sentences(transfer: Transfer, control: bool) -> list[str]:
     lines: list[str] = []
     if transfer.drift is not None:
         low, high = transfer.drift_low, transfer.drift_high
-        ends = "" if low is None or high is None else f" [{low:+.2f}, {high:+.2f}]"
+        ends = "" if low is None or high is None else f" [{signed(low)}, {signed(high)}]"
         limit = f"at most {DRIFT_LIMIT:g} either way: {passing(transfer.drift_passes)}"
         if control:
             limit = (
                 f"a control has {CONTROL_DRIFT:g} or less: {'yes' if transfer.is_control else 'no'}"
             )
         lines.append(
-            f"drift {transfer.drift:+.2f} octaves per doubling of the width{ends}, {limit}"
+            f"drift {signed(transfer.drift)} octaves per doubling of the width{ends}, {limit}"
         )
     if transfer.regrets:
         worst = max(transfer.regrets, key=lambda regret: regret.relative - regret.allowed)

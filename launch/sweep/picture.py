@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interlace.launch.sweep.judging import Judged
-from interlace.launch.sweep.page import NAMES
+from interlace.launch.sweep.page import NAMES, signed
 from interlace.trainer.mup.transfer import Optimum, Valley
 from interlace.trainer.observe.plots import BLUE, GREY, ORANGE, picture, tidy
 
@@ -68,7 +68,7 @@ def draw_family(axes: "Axes", each: Judged, widths: Sequence[int]) -> None:
         draw_valley(axes, valley, optimum, colour_of(valley.width, widths))
     words = ["  ".join([NAMES[each.family.parametrisation], *each.family.settings])]
     if each.transfer.drift is not None:
-        words.append(f"drift {each.transfer.drift:+.2f} octaves per doubling of the width")
+        words.append(f"drift {signed(each.transfer.drift)} octaves per doubling of the width")
     elif not each.bracketed:
         words.append(each.verdict)
     axes.set_title("\n".join(words), loc="left", fontsize=10)

@@ -1,0 +1,575 @@
+"""Sweeps keep what they have found: trials are trained once, whatever happens to a sweep."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from interlace.launch.cli import build_parser, main, parse
+from interlace.launch.sweep.carry import axes_between
+from interlace.launch.sweep.conducting import Ended, Job, State, conduct
+from interlace.launch.sweep.judging import judged, winner
+from interlace.launch.sweep.page import sweep_page
+from interlace.launch.sweep.picture import draw
+from interlace.launch.sweep.progress import Progress, estimate, seconds_left, summary, table
+from interlace.launch.sweep.records import SECONDS, csv_text, sweep_document, write_records
+from interlace.launch.sweep.request import read_request
+from interlace.launch.sweep.running import clipping, divergence, late_mean, run_trial
+from interlace.launch.sweep.store import Result, Store
+from interlace.launch.sweep.trials import Space, Trial, make_space
+from interlace.trainer.config.load import load_recipe
+from interlace.trainer.errors import ConfigError, UserError
+from interlace.trainer.loop import train
+from interlace.trainer.observe.metrics import StepRecord, read_metrics
+from interlace.trainer.world import World
+
+SMALL = (
+    "model.width=32",
+    "model.layers=1",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.ffn_width=64",
+    "data.sequence_length=32",
+    "train.tokens_per_step=128",
+    "train.steps=4",
+    "train.validate_every_steps=0",
+    "train.validation_tokens=256",
+    "optimizer.warmup_steps=1",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def words(corpus: Sequence[str], *more: str, lr: str = "2**-8:2**-6") -> list[str]:
+    """Return the words of a sweep whose trials take a moment."""
+    return ["sweep", "fault-drill", *SMALL, *corpus, "--widths", "16,32", "--lr", lr, *more]
+
+
+def space_of(corpus: Sequence[str], tmp_path: Path, *more: str) -> Space:
+    """Return what such a sweep may try."""
+    line = words(corpus, "--store", str(tmp_path / "store"), *more)
+    return make_space(read_request(parse(build_parser(), line)), "cpu")
+
+
+def a_trial(space: Space, **changes: Any) -> Trial:
+    """Return one trial of a sweep."""
+    values = {"width": 16, "parametrisation": "standard", "settings": (), "seed": 0}
+    return Trial(**{**values, "log2_lr": -7.0, **changes})
+
+
+def result_of(trial: Trial, loss: float, **changes: Any) -> Result:
+    """Return a result that nobody has trained."""
+    values: dict[str, Any] = {
+        "key": f"{hash(trial):x}",
+        "loss": loss,
+        "train_loss": loss,
+        "diverged": "" if math.isfinite(loss) else "the loss of step 3 is inf",
+        "steps": 4,
+        "clip_fraction": None,
+        "wall_seconds": trial.width / 16,
+        "cpu_seconds": 1.0,
+        "shape": "s",
+        "threads": 1,
+        "device": "cpu",
+        "code": "c",
+        "recipe": {},
+    }
+    return Result(**{**values, **changes})
+
+
+class Pretended:
+    """Runs nothing: losses come from a formula, and what it names crashes."""
+
+    def __init__(self, store: Store, crashing: set[Trial] | None = None) -> None:
+        self.store, self.crashing = store, crashing or set()
+        self.started: list[Trial] = []
+        self.pending: list[Job] = []
+
+    def room(self) -> int:
+        return 2 - len(self.pending)
+
+    def start(self, job: Job) -> None:
+        assert self.room() > 0, "no more than there is room for"
+        self.started.append(job.trial)
+        self.pending.append(job)
+
+    def wait(self, seconds: float) -> list[Ended]:
+        job = self.pending.pop()
+        trial = job.trial
+        if trial in self.crashing:
+            return [Ended(job, None, "ValueError: broken\n    log: nowhere")]
+        octaves = 0.0 if trial.parametrisation == "mup" else math.log2(trial.width / 16)
+        loss = 2.5 - 0.1 * math.log2(trial.width) + 0.01 * trial.seed
+        loss += 0.02 * (trial.log2_lr + 6 + octaves) ** 2
+        result = result_of(trial, loss, key=job.key, recipe=dict(job.recipe), clip_fraction=0.25)
+        self.store.write(result)
+        return [Ended(job, result)]
+
+    def close(self) -> None: ...
+
+
+class Inline:
+    """Runs trials here and now, one at a time."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.jobs: list[Job] = []
+
+    def room(self) -> int:
+        return 1 - len(self.jobs)
+
+    def start(self, job: Job) -> None:
+        self.jobs.append(job)
+
+    def wait(self, seconds: float) -> list[Ended]:
+        job = self.jobs.pop()
+        return [Ended(job, run_trial(self.store, job.key, job.recipe))]
+
+    def close(self) -> None: ...
+
+
+def pretended(space: Space, **crashing: Any) -> tuple[State, Pretended]:
+    """Carry out a sweep in pretence."""
+    store = Store(space.request.store)
+    state, runner = State(space, store), Pretended(store, **crashing)
+    conduct(state, runner, lambda state: None)
+    return state, runner
+
+
+def without_seconds(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of a sweep's table, less what a clock says."""
+    rows = csv.DictReader((folder / "sweep.csv").read_text(encoding="utf-8").splitlines())
+    return [{key: value for key, value in row.items() if key not in SECONDS} for row in rows]
+
+
+# Trials and their digests
+
+
+def test_a_trial_gives_what_training_gives(corpus: tuple[str, str], tmp_path: Path) -> None:
+    space = space_of(corpus, tmp_path)
+    trial, store = a_trial(space, log2_lr=-6.0), Store(space.request.store)
+    config = space.config_of(trial)
+    result = run_trial(store, space.key_of(trial), config.model_dump(mode="json"))
+    assert (config.model.width, config.optimizer.peak_lr, config.mup.enabled) == (16, 2**-6, False)
+
+    run = config.run.model_copy(update={"dir": str(tmp_path / "run")})
+    outcome = train(config.model_copy(update={"run": run}), World())
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert result.loss == outcome.validation_loss
+    assert result.curve["loss"] == [record.loss for record in records]
+    assert result.curve["val_loss"] == [None, None, None, result.loss]
+    assert result.train_loss == records[-1].loss and result.steps == 4 and not result.diverged
+    assert store.read(result.key) == result
+    left = sorted(path.name for path in store.folder_of(result.key).iterdir())
+    assert left == ["result.json"], "the run folder goes"
+
+
+def test_a_finished_trial_is_read_and_not_run(corpus: tuple[str, str], tmp_path: Path) -> None:
+    space = space_of(corpus, tmp_path)
+    trial, store = a_trial(space), Store(space.request.store)
+    recipe = space.config_of(trial).model_dump(mode="json")
+    first = run_trial(store, space.key_of(trial), recipe)
+    assert run_trial(store, space.key_of(trial), recipe) == first
+    assert store.starts() == [first.key] and list(store.results()) == [first]
+
+
+def test_divergence_is_a_result(corpus: tuple[str, str], tmp_path: Path) -> None:
+    space = space_of(corpus, tmp_path, "train.steps=40", "optimizer.clip=0.0")
+    trial, store = a_trial(space, log2_lr=12.0), Store(space.request.store)
+    result = run_trial(store, space.key_of(trial), space.config_of(trial).model_dump(mode="json"))
+    assert result.loss == math.inf and result.diverged and result.steps < 40
+    kept = json.loads((store.folder_of(result.key) / "result.json").read_text(encoding="utf-8"))
+    assert kept["loss"] is None and store.read(result.key) == result
+
+
+def test_a_trial_that_cannot_run_leaves_no_result(corpus: tuple[str, str], tmp_path: Path) -> None:
+    space = space_of(corpus, tmp_path)
+    trial, store = a_trial(space), Store(space.request.store)
+    recipe = space.config_of(trial).model_dump(mode="json")
+    recipe["data"]["source"] = str(tmp_path / "gone.txt")
+    with pytest.raises(UserError, match=r"gone\.txt"):
+        run_trial(store, "key", recipe)
+    assert store.read("key") is None and store.starts() == ["key"]
+    assert not list(store.folder_of("key").glob("run.*"))
+
+
+def test_only_what_counts_changes_a_digest(corpus: tuple[str, str], tmp_path: Path) -> None:
+    def key(*more: str, **changes: Any) -> str:
+        space = space_of(corpus, tmp_path, *more)
+        return space.key_of(a_trial(space, **changes))
+
+    same = {
+        key(),
+        key("run.name=other"),
+        key("run.dir=elsewhere"),
+        key("observe.log_every_steps=1", "checkpoint.every_steps=1", "data.workers=1"),
+        key("--seeds", "1", "--jobs", "1"),
+    }
+    other = {
+        key(seed=1),
+        key(log2_lr=-6.0),
+        key(width=32),
+        key(parametrisation="mup"),
+        key("train.steps=5"),
+        key("optimizer.beta2=0.9"),
+        key("model.layers=2"),
+    }
+    assert len(same) == 1 and len(other) == 7 and not same & other
+
+
+def test_other_code_or_text_asks_for_other_results(corpus: tuple[str, str], tmp_path: Path) -> None:
+    space = space_of(corpus, tmp_path)
+    trial = a_trial(space)
+    changed = [
+        Space(space.request, space.configs, 16, "other code", "cpu", space.texts),
+        Space(space.request, space.configs, 16, space.code, "cuda", space.texts),
+        Space(space.request, space.configs, 16, space.code, "cpu", {(): "other text"}),
+    ]
+    assert len({space.key_of(trial), *(each.key_of(trial) for each in changed)}) == 4
+
+
+def test_muP_is_told_its_base_width(corpus: tuple[str, str], tmp_path: Path) -> None:
+    scaled = {"parametrisation": "mup", "width": 32}
+
+    def base_width(*more: str) -> int | None:
+        space = space_of(corpus, tmp_path, *more)
+        return space.config_of(a_trial(space, **scaled)).mup.base_width
+
+    assert base_width() == 16, "the narrowest"
+    assert base_width("mup.base_width=32") == 32, "the recipe's"
+    assert base_width("mup.base_width=32", "--base-width", "64") == 64, "the command's"
+    space = space_of(corpus, tmp_path, "mup.base_width=32", "mup.enabled=true")
+    plain = space.config_of(a_trial(space)).mup
+    assert not plain.enabled and plain.base_width is None
+
+
+def test_a_width_that_cannot_be_is_refused_before_anything_runs(
+    corpus: tuple[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="at width 20: "):
+        space_of(corpus, tmp_path, "--widths", "16,20")
+
+
+@pytest.mark.parametrize(
+    ("losses", "warmup", "lost"),
+    [
+        ([5.5, 5.0, 6.1], 0, True),
+        ([5.5, 5.0, 5.9], 0, False),
+        ([5.5, 5.0, 6.1], 3, False),
+        ([5.5, math.nan], 9, True),
+        ([math.inf], 9, True),
+    ],
+)
+def test_a_loss_far_above_the_first_has_diverged_once_warmed_up(
+    losses: list[float], warmup: int, lost: bool
+) -> None:
+    records = [StepRecord(step=n, tokens=n, loss=loss) for n, loss in enumerate(losses, start=1)]
+    assert bool(divergence(records, warmup)) is lost
+
+
+def test_the_share_of_clipped_coordinates_is_read_from_what_steps_tell() -> None:
+    def record(**details: float) -> StepRecord:
+        named = {key.replace("__", "/"): value for key, value in details.items()}
+        return StepRecord(step=1, tokens=1, details=named)
+
+    assert clipping(record()) is None
+    assert clipping(record(clip_fraction=0.2, clip_fraction__head=0.9)) == 0.2
+    assert clipping(record(clip_fraction__a=0.2, clip_fraction__b=0.4)) == pytest.approx(0.3)
+    assert late_mean([1.0, 2.0, None, 4.0], 0.05) == 4.0
+
+
+# Carrying out
+
+
+def test_a_second_sweep_takes_everything_from_the_store(
+    corpus: tuple[str, str], tmp_path: Path
+) -> None:
+    space = space_of(corpus, tmp_path, "--parametrisation", "both")
+    first, runner = pretended(space)
+    again, idle = pretended(space)
+    assert len(runner.started) == len(set(runner.started)) == len(first.results)
+    assert idle.started == [] and again.results == first.results
+    assert csv_text(again) == csv_text(first)
+
+
+def test_a_larger_sweep_runs_only_what_is_new(corpus: tuple[str, str], tmp_path: Path) -> None:
+    _, small = pretended(space_of(corpus, tmp_path, "--seeds", "1"))
+    state, large = pretended(space_of(corpus, tmp_path, "--seeds", "2"))
+    assert {trial.seed for trial in large.started} == {1}
+    assert set(small.started) | set(large.started) == set(state.results)
+
+
+def test_the_verdict_and_the_winner_are_those_of_the_losses(
+    corpus: tuple[str, str], tmp_path: Path
+) -> None:
+    space = space_of(corpus, tmp_path, "--parametrisation", "both", "--widths", "16,32,64")
+    state, _ = pretended(space)
+    mup, standard = judged(state)
+    assert mup.passes and mup.verdict == "the learning rate transfers"
+    assert mup.transfer and mup.transfer.drift == pytest.approx(0, abs=1e-9)
+    assert standard.transfer and standard.transfer.drift == pytest.approx(-1)
+    assert standard.transfer.is_control and not standard.passes
+    assert winner([standard, mup]) is mup
+    page = sweep_page(state, [mup, standard])
+    assert "drift +0.00 octaves per doubling of the width [+0.00, +0.00], at most 0.15" in page
+    assert "a control has -0.5 or less: yes" in page and "25%" in page
+    assert "wider is better at the transferred learning rate: yes" in page
+
+
+def test_an_optimum_at_an_edge_is_never_reported(corpus: tuple[str, str], tmp_path: Path) -> None:
+    space = space_of(corpus, tmp_path, "--lr", "2**-30:2**-28")
+    state, _ = pretended(space)
+    (verdict,) = judged(state)
+    assert not verdict.passes and winner([verdict]) is None
+    assert "not bracketed: at width 16 the best is the highest that was tried" in verdict.verdict
+    assert "not bracketed" in sweep_page(state, [verdict])
+
+
+def test_a_crash_is_reported_and_the_sweep_goes_on(corpus: tuple[str, str], tmp_path: Path) -> None:
+    space = space_of(corpus, tmp_path)
+    crashing = {a_trial(space, parametrisation="mup", seed=1)}
+    state, _ = pretended(space, crashing=crashing)
+    (verdict,) = judged(state)
+    assert set(state.failures) == crashing and {t.width for t in state.results} == {16, 32}
+    assert not verdict.passes and verdict.verdict == "unknown: 1 trials crashed"
+    assert "ValueError: broken" in sweep_page(state, [verdict])
+    assert sweep_document(state, [verdict])["crashed"][0]["log2_lr"] == -7.0
+    # It is no result: the next sweep runs it, and nothing else.
+    healed, runner = pretended(space)
+    assert runner.started == list(crashing) and not healed.failures
+
+
+def test_records_hold_every_trial_and_the_verdict(corpus: tuple[str, str], tmp_path: Path) -> None:
+    space = space_of(corpus, tmp_path, "--grid", "optimizer.beta2=0.9,0.95")
+    state, _ = pretended(space)
+    verdicts = judged(state)
+    write_records(state, verdicts, tmp_path / "out")
+    draw(verdicts, "title", tmp_path / "out" / "sweep.png")
+    rows = without_seconds(tmp_path / "out")
+    assert len(rows) == len(state.results) and {row["optimizer.beta2"] for row in rows} == {
+        "0.9",
+        "0.95",
+    }
+    document = json.loads((tmp_path / "out" / "sweep.json").read_text(encoding="utf-8"))
+    assert [family["passes"] for family in document["families"]] == [True, True]
+    assert len(document["trials"]) == len(rows)
+    boards = [path for path in (tmp_path / "out" / "tensorboard").iterdir() if path.is_dir()]
+    assert len(boards) == len(rows)
+    assert (tmp_path / "out" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_time_that_is_left_follows_from_what_trials_took(
+    corpus: tuple[str, str], tmp_path: Path
+) -> None:
+    space = space_of(corpus, tmp_path, "--seeds", "1")
+    state = State(space, Store(space.request.store))
+    assert seconds_left(state, 1) is None and "about" not in summary(state, 1)
+    state.results[a_trial(space, parametrisation="mup")] = result_of(a_trial(space), 2.0)
+    # Two more at width 16 take a second each; five at width 32 the ratio of widths to 1.5.
+    assert seconds_left(state, 2) == pytest.approx((2 * 1.0 + 5 * 2**1.5) / 2)
+    assert summary(state, 2).startswith("1 of 8 trials, 0 running, about ")
+    assert estimate(64, {16: 1.0, 32: 3.0}) == pytest.approx(3 * 2**1.5)
+
+
+def test_the_table_on_a_terminal_shows_every_point(
+    corpus: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    space = space_of(corpus, tmp_path, "--seeds", "2")
+    state, _ = pretended(space)
+    console = Console(width=120, force_terminal=False)
+    console.print(table(state, 2))
+    shown = capsys.readouterr().out
+    assert "2^-6" in shown and "mup 32" in shown and "2.105" in shown
+    lines = Progress(jobs=2)
+    lines.show(state)
+    assert len(capsys.readouterr().err.splitlines()) == len(state.results)
+
+
+# The winner in another recipe
+
+
+def test_the_winner_becomes_a_recipe_and_what_it_leaves_open_is_named(
+    corpus: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, output = tmp_path / "store", tmp_path / "out"
+    grid = ("--grid", "optimizer.beta2=0.9,0.97", "mup.grows=head_width", "--seeds", "1")
+    pretended(space_of(corpus, tmp_path, *grid))
+    line = words(corpus, "--store", str(store), "--output", str(output), *grid)
+    assert main([*line, "--transfer-to", "gpt_1b_offload"]) == 0
+    page = capsys.readouterr().out
+    written = output / "gpt_1b_offload-from-fault-drill.toml"
+    config = load_recipe(str(written)).config
+    target = load_recipe("gpt_1b_offload").config
+    assert config.optimizer.peak_lr == pytest.approx(2**-6, rel=1e-3)
+    assert config.optimizer.beta2 in (0.9, 0.97)
+    assert config.mup.enabled and config.mup.base_width == 16 and config.mup.grows == "head_width"
+    assert config.optimizer.warmup_steps == target.optimizer.warmup_steps
+    assert config.model == target.model and config.train == target.train
+    for said in (
+        "width: 16 to 32 -> 2,048, 64 x; beyond the 2 x in width that were tried",
+        "layers: 1 -> 24, 24 x; the sweep says nothing about depth",
+        "training tokens: 512 -> 10,485,760,000, 2.048e+07 x; the best learning rate falls",
+        "tokens per step: 128 -> 524,288, 4096 x; with the root of the batch",
+    ):
+        assert said in page and said in written.read_text(encoding="utf-8")
+
+
+def test_a_target_that_is_what_was_swept_is_certified(
+    corpus: tuple[str, str], tmp_path: Path
+) -> None:
+    space = space_of(corpus, tmp_path)
+    state, _ = pretended(space)
+    (best,) = judged(state)
+    (axis,) = axes_between(space, best, next(iter(space.configs.values())))
+    assert axis.name == "width" and axis.warning == "" and axis.factor is None
+
+
+def test_nothing_is_written_for_a_target_without_an_optimum(
+    corpus: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edge = ("--lr", "2**-30:2**-28", "--seeds", "1", "mup.grows=head_width")
+    pretended(space_of(corpus, tmp_path, *edge))
+    folders = ("--store", str(tmp_path / "store"), "--output", str(tmp_path / "out"))
+    line = words(corpus, *folders, *edge, "--transfer-to", "gpt_1b_offload")
+    assert main(line) == 1
+    assert "nothing is written for gpt_1b_offload" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("*.toml"))
+
+
+def test_a_target_that_muP_cannot_compare_with_its_base_is_refused_first(
+    corpus: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = words(corpus, "--store", str(tmp_path / "store"), "--transfer-to", "gpt_1b_offload")
+    assert main(line) == 2
+    assert "--transfer-to gpt_1b_offload: mup.base_width=16: " in capsys.readouterr().err
+
+
+# Whole sweeps, in processes
+
+
+def test_a_killed_sweep_goes_on_and_repeats_no_finished_trial(
+    corpus: tuple[str, str], tmp_path: Path
+) -> None:
+    shape = ("--seeds", "1", "--jobs", "1", "--parametrisation", "standard", "train.steps=30")
+
+    def line(name: str) -> list[str]:
+        folders = ("--store", str(tmp_path / name), "--output", str(tmp_path / f"{name}-out"))
+        return words(corpus, *shape, *folders)
+
+    store = Store(tmp_path / "killed")
+    command = [sys.executable, "-m", "interlace.launch.cli", *line("killed")]
+    log = (tmp_path / "log").open("wb")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    sweep = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    deadline = time.monotonic() + 300
+    while len(list(store.results())) < 3 and sweep.poll() is None:
+        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    sweep.send_signal(signal.SIGKILL)
+    assert sweep.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    finished = {result.key for result in store.results()}
+    begun = store.starts()
+    assert len(begun) - len(finished) <= 1, "a kill loses only what was running"
+
+    assert main(line("killed")) == 0
+    straight = State(
+        make_space(read_request(parse(build_parser(), line("straight"))), "cpu"),
+        Store(tmp_path / "straight"),
+    )
+    conduct(straight, Inline(straight.store), lambda state: None)
+    write_records(straight, judged(straight), tmp_path / "straight-out")
+    assert without_seconds(tmp_path / "killed-out") == without_seconds(tmp_path / "straight-out")
+    starts = store.starts()
+    assert all(starts.count(key) == 1 for key in finished)
+    results = list(store.results())
+    assert len(finished) < len(results), "it was killed in the middle"
+    assert len(starts) <= len(results) + 1
+
+
+def test_a_worker_that_dies_takes_one_trial_with_it(
+    corpus: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # The sixth step of a process is in its second trial.
+    monkeypatch.setenv("INTERLACE_FAILPOINT", "step.update@6:kill")
+    folders = ("--store", str(tmp_path / "store"), "--output", str(tmp_path / "out"))
+    shape = ("--seeds", "1", "--jobs", "1", "--widths", "16", "--parametrisation", "mup")
+    assert main(words(corpus, *shape, *folders, lr="2**-8:2**-7")) == 1
+    shown = capsys.readouterr()
+    store = Store(tmp_path / "store")
+    document = json.loads((tmp_path / "out" / "sweep.json").read_text(encoding="utf-8"))
+    assert document["trials"] and document["crashed"]
+    assert "its process died (signal 9)" in document["crashed"][0]["problem"]
+    assert "log: " in document["crashed"][0]["problem"] and "CRASHED" in shown.err
+    assert len(store.starts()) == len(document["trials"]) + len(document["crashed"])
+    assert "trials crashed; they run again when the sweep does" in shown.out
+
+
+def test_a_dry_run_lists_trials_and_runs_none(
+    corpus: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = words(corpus, "--store", str(tmp_path / "store"), "--dry-run", "--jobs", "2")
+    assert main(line) == 0
+    shown = capsys.readouterr().out
+    assert "width 16: 9 trials, 3 learning rates from 0.00390625 to 0.015625" in shown
+    assert "about 15 at width 32" in shown and "is not known" in shown
+    assert not (tmp_path / "store").exists()
+    pretended(space_of(corpus, tmp_path))
+    assert main(line) == 0
+    assert "0 are needed next" in capsys.readouterr().out
+
+
+def test_the_exit_status_and_json_tell_the_verdict(
+    corpus: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretended(space_of(corpus, tmp_path, "--parametrisation", "both"))
+    folders = ("--store", str(tmp_path / "store"), "--output", str(tmp_path / "out"))
+    assert main(words(corpus, *folders, "--parametrisation", "both", "--json")) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["families"][0]["transfer"]["drift_passes"] is True
+    assert document["above_standard"][0]["nats"] == pytest.approx(0, abs=1e-9)
+    assert main(words(corpus, *folders, "--parametrisation", "standard")) == 0
+
+
+def test_folders_that_are_files_are_refused(
+    corpus: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for option in ("--output", "--store"):
+        assert main(words(corpus, option, str(tmp_path / "file"))) == 2
+        assert f"{option} {tmp_path / 'file'}: is a file; give a folder" in capsys.readouterr().err
+
+
+def test_without_ray_its_name_and_remedy_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from interlace.launch.sweep import ray_tune
+
+    monkeypatch.setattr(ray_tune.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--on ray: .* pip install 'interlace\[ray\]'"):
+        ray_tune.check_ray()
+
+
+def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["sweep", "--help"])
+    shown = capsys.readouterr().out
+    assert "--widths 64,128,256" in shown and "Exit status" in shown
