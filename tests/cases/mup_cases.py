@@ -2,18 +2,23 @@
 byte-level Transformer as a user of the `mup` package would write it.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import mup
 import torch
 from torch import nn
 
+from interlace.offload.hardware import load_profile
+from interlace.offload.optimizer import OffloadedOptimizer
+from interlace.offload.schedule import NOTHING_HIDDEN
 from interlace.trainer.config.checks import validate
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.models.model import Model
 from interlace.trainer.mup.manifest import manifest_of
 from interlace.trainer.mup.parametrise import built
 from interlace.trainer.mup.widths import at_width
+from interlace.trainer.optimizer import build_optimizer
 
 BASE, WIDTH, VOCABULARY = 32, 128, 257
 
@@ -125,3 +130,16 @@ def model_of(
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(spread * noise.to(dtype))
     return model.eval()
+
+
+def optimizer_of(model: Model, config: RunConfig) -> OffloadedOptimizer:
+    """Return the optimizer that a run of the recipe has, with all state on the device."""
+    placement = SimpleNamespace(
+        device_budget_bytes=10**9,
+        host_budget_bytes=10**9,
+        overlap="none",
+        hidden_window=NOTHING_HIDDEN,
+    )
+    plan = SimpleNamespace(offload=placement, accumulation=1)
+    manifest = manifest_of(config, VOCABULARY)
+    return build_optimizer(model, config, plan, load_profile("4xh100-pcie5"), manifest)

@@ -127,18 +127,26 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         before, after = saved.get(kind, {}), now.get(kind, {})
         for name in dict.fromkeys([*before, *after]):
             if before.get(name) != after.get(name):
-                found.append(f"{name}: {spoken(before.get(name))}, now {spoken(after.get(name))}")
+                there, here = spoken(before.get(name), after.get(name))
+                found.append(f"{name}: {there}, now {here}")
     more = [f"and {len(found) - 3} more"] if len(found) > 3 else []
     return [*found[:3], *more]
 
 
-def spoken(value: object) -> str:
-    """Return an entry of a document in one line."""
+def spoken(one: object, other: object) -> tuple[str, str]:
+    """Return two unequal values of documents in words: of two entries what differs."""
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return in_words(one), in_words(other)
+    keys = [key for key in other if one.get(key) != other[key]]
+    there, here = (" ".join(f"{key}={each.get(key)}" for key in keys) for each in (one, other))
+    return there, here
+
+
+def in_words(value: object) -> str:
+    """Return a number as it is, and only whether there is an entry."""
     if value is None:
         return "nothing"
-    if isinstance(value, Mapping):
-        return " ".join(f"{key}={each}" for key, each in value.items())  # pyright: ignore[reportUnknownVariableType]
-    return str(value)
+    return "something" if isinstance(value, Mapping) else str(value)
 
 
 def manifest_of(config: RunConfig, vocabulary_size: int) -> Manifest:

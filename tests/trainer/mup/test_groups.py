@@ -1,23 +1,18 @@
 """Parameter groups under muP: every tensor's share of the rates, and nothing that overwrites it."""
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from mup_cases import BASE, FAMILIES, VOCABULARY, WIDTH, model_of, recipe
+from mup_cases import BASE, FAMILIES, VOCABULARY, WIDTH, model_of, optimizer_of, recipe
 from torch import nn
 
 from interlace.launch.cli import main
-from interlace.offload.hardware import load_profile
-from interlace.offload.optimizer import OffloadedOptimizer
-from interlace.offload.schedule import NOTHING_HIDDEN
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.models.model import Model
 from interlace.trainer.mup.manifest import Entry, manifest_of, skeleton
 from interlace.trainer.optimizer import (
-    build_optimizer,
     check_rates,
     parameter_groups,
     set_learning_rate,
@@ -78,18 +73,6 @@ def test_without_mup_the_groups_are_matrices_and_vectors() -> None:
     _, groups = groups_of(config)
     assert [(each["lr"], each["weight_decay"]) for each in groups] == [(0.1, 0.2), (0.1, 0.0)]
     assert all("row_blocks" not in group for group in groups)
-
-
-def optimizer_of(model: Model, config: RunConfig) -> OffloadedOptimizer:
-    placement = SimpleNamespace(
-        device_budget_bytes=10**9,
-        host_budget_bytes=10**9,
-        overlap="none",
-        hidden_window=NOTHING_HIDDEN,
-    )
-    plan = SimpleNamespace(offload=placement, accumulation=1)
-    manifest = manifest_of(config, VOCABULARY)
-    return build_optimizer(model, config, plan, load_profile("4xh100-pcie5"), manifest)
 
 
 class Twin:

@@ -272,14 +272,26 @@ SETTINGS: dict[str, tuple[str, dict[str, dict[str, Any]], str]] = {
         {"mup": {"grows": "heads"}, "model": {"heads": 16}},
         "layers.0.blocks.0.mixer.score_scale: 0.08838834764831843, now nothing",
     ),
-    "zero readout": ("transformer", {"mup": {"zero_readout": True}}, "head.weight: "),
+    "zero readout": (
+        "transformer",
+        {"mup": {"zero_readout": True}},
+        "head.weight: initial=1.0, now initial=0.0",
+    ),
     "zero query": (
         "transformer",
         {"mup": {"zero_query": True}},
-        "layers.0.blocks.0.mixer.query.weight: ",
+        "layers.0.blocks.0.mixer.query.weight: initial=1.0, now initial=0.0",
     ),
-    "update rule": ("transformer", {"optimizer": {"rule": "sgd"}}, "embedding.weight: "),
-    "tied": ("transformer", {"model": {"tie_embeddings": True}}, "head.weight: "),
+    "update rule": (
+        "transformer",
+        {"optimizer": {"rule": "sgd"}},
+        "embedding.weight: lr=1.0 weight_decay=1.0, now lr=4.0 weight_decay=0.25",
+    ),
+    "tied": (
+        "transformer",
+        {"model": {"tie_embeddings": True}},
+        "head.weight: something, now nothing",
+    ),
     "width": ("transformer", {"model": {"width": 64, "heads": 8, "kv_heads": 4}}, "norm.mult"),
 }
 
