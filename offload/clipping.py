@@ -72,12 +72,11 @@ class Clipping:
         gradients = dict(self.roster.gradients())
 
         def of_shards(members: Sequence[Member]) -> torch.Tensor:
+            came = [gradients[m.parameter].view(-1) for m in members if m.parameter in gradients]
+            rows = fetched([magnitude_histogram(gradient, scale) for gradient in came])
             total = torch.zeros(BINS + 1, dtype=torch.int64, device="cpu")
-            for member in members:
-                if member.parameter in gradients:
-                    gradient = gradients[member.parameter].view(-1)
-                    total[:BINS] += magnitude_histogram(gradient, scale).cpu()
-                    total[BINS] += gradient.numel()
+            total[:BINS] = sum(rows, total[:BINS])
+            total[BINS] = sum(gradient.numel() for gradient in came)
             return total
 
         tables = [table for _, table in self.summed(groups, of_shards)]
@@ -108,8 +107,8 @@ class Clipping:
         nothing = torch.zeros(BINS, dtype=torch.int64, device="cpu")
 
         def of_shards(members: Sequence[Member]) -> torch.Tensor:
-            rows = [found.get(key, nothing).cpu() for key in blocks_of_all(members)]
-            return torch.stack(rows)
+            rows = [found.get(key, nothing) for key in blocks_of_all(members)]
+            return torch.stack(fetched(rows))
 
         for members, table in self.summed(groups, of_shards):
             for (member, block), histogram in zip(blocks_of_all(members), table, strict=True):
@@ -171,22 +170,22 @@ def blocks_of_all(members: Sequence[Member]) -> list[tuple[Member, int]]:
 def counts_of(findings: Sequence[Findings]) -> dict[torch.Tensor, torch.Tensor]:
     """Return coordinates clipped and updated of every parameter, int64 (2,) on the CPU."""
     counts: dict[torch.Tensor, torch.Tensor] = {}
-    away: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for found in findings:
-        for segment, clipped in found.clipped:
-            parameter = segment.member.parameter
-            total = counts.setdefault(parameter, torch.zeros(2, dtype=torch.int64, device="cpu"))
-            if isinstance(clipped, int):
-                total[0] += clipped
-            else:
-                away.append((total, clipped))
-        for segment in dict.fromkeys(segment for segment, _ in found.clipped):
-            counts[segment.member.parameter][1] += segment.stop - segment.start
-    if away:
-        # One transfer for all of them.
-        for (total, _), clipped in zip(away, torch.stack([c for _, c in away]).cpu(), strict=True):
-            total[0] += clipped
+    pairs = [pair for found in findings for pair in found.clipped]
+    cut = fetched([torch.as_tensor(clipped) for _, clipped in pairs])
+    for (segment, _), clipped in zip(pairs, cut, strict=True):
+        nothing = torch.zeros(2, dtype=torch.int64, device="cpu")
+        counts.setdefault(segment.member.parameter, nothing)[0] += clipped
+    # Parts of one segment are listed one by one.
+    for segment in dict.fromkeys(segment for segment, _ in pairs):
+        counts[segment.member.parameter][1] += segment.stop - segment.start
     return counts
+
+
+def fetched(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors of one shape and dtype on the CPU, those of a device in one transfer."""
+    away = [tensor for tensor in tensors if tensor.is_cuda]
+    came = iter(torch.stack(away).cpu() if away else ())
+    return [next(came) if tensor.is_cuda else tensor for tensor in tensors]
 
 
 def mean_fraction(fractions: Mapping[torch.Tensor, float]) -> float:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from interlace.kernels.update import warm_up
+from interlace.kernels.update.histogram import magnitude_histogram
 from interlace.offload.forward import forward_order
 from interlace.offload.lanes import LaneError
 from interlace.offload.memory import HostSlabs
@@ -82,6 +83,9 @@ class Roster:
             if subgroup in fresh:
                 rule, layout = self.layout.rule, self.layout
                 warm_up(rule, subgroup.weight_dtype, layout.moment_dtype, subgroup.splits)
+                if layout.learns_thresholds:
+                    for dtype in {subgroup.weight_dtype, subgroup.gradient_dtype}:
+                        magnitude_histogram(torch.zeros(1, dtype=dtype, device="cpu"))
                 subgroup.begin(home)
         self.subgroups = together
         for index, subgroup in enumerate(together):
