@@ -4,6 +4,7 @@ gradients, through a whole Transformer, whatever its layers were wrapped in.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.diagnostics.curvature import curvature_along, inner, quadratic_forms
 from interlace.trainer.models.language_model import LanguageModel
 from interlace.trainer.models.model import Model
-from interlace.trainer.objectives import Loss
+from interlace.trainer.objectives import Loss, Objective
 from interlace.trainer.parallel import recompute_layers
 
 SECTION = ModelSection(pattern="AF", layers=2, width=16, heads=2, kv_heads=1, ffn_width=24)
@@ -81,7 +82,8 @@ def make_directions(model: nn.Module, count: int = 2) -> dict[str, Sequence[torc
 
 def measured(model: Model, batches: Sequence[Batch]) -> dict[str, float]:
     weights = {name: each.detach() for name, each in model.named_parameters()}
-    return curvature_along(model, Likelihood(), batches, weights, make_directions(model))  # pyright: ignore[reportArgumentType]
+    objective = cast(Objective, Likelihood())
+    return curvature_along(model, objective, batches, weights, make_directions(model))
 
 
 def loss_of(model: LanguageModel, values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -181,7 +183,8 @@ def test_what_was_measured_is_as_it_was() -> None:
     model.compute_dtype = torch.bfloat16
     before = {name: each.clone() for name, each in model.state_dict().items()}
     weights = {name: each.detach() for name, each in model.named_parameters()}
-    curvature_along(model, objective, [make_batch()], weights, make_directions(model))  # pyright: ignore[reportArgumentType]
+    measured = cast(Objective, objective)
+    curvature_along(model, measured, [make_batch()], weights, make_directions(model))
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
     assert all(each.grad is None for each in model.parameters())
     assert model.compute_dtype is torch.bfloat16

@@ -42,6 +42,10 @@ def sharpness(record: Mapping[str, float]) -> dict[str, float]:
     return {key[len(prefix) :]: x for key, x in record.items() if key.startswith(prefix)}
 
 
+def clones_of(weights: Sequence[torch.Tensor]) -> dict[torch.Tensor, torch.Tensor]:
+    return {weight: weight.detach().clone() for weight in weights}
+
+
 def make_groups(weights: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
     """A matrix whose rows differ, and others with a rate of their own."""
     return [
@@ -79,7 +83,7 @@ def test_a_shadow_takes_the_steps_of_an_optimizer_of_its_own(
         for weight in weights:
             weight.grad = torch.randn_like(weight)
         norm = optimizer.gradient_norm()
-        before = {weight: weight.detach().clone() for weight in weights}
+        before = clones_of(weights)
         steps = shadow.follow(list(optimizer.gradients()), norm, before)
         optimizer.step()
         optimizer.zero_grad()
@@ -93,13 +97,13 @@ def test_a_shadow_takes_the_steps_of_an_optimizer_of_its_own(
 def test_decay_is_no_part_of_a_direction() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     shadow = Shadow(AdamW(lr=0.1, weight_decay=0.5), [{"params": [weight]}], None)
-    step = shadow.follow([(weight, torch.zeros(3))], 0.0, {weight: weight.detach()})[weight]
+    step = shadow.follow([(weight, torch.zeros(3))], 0.0, clones_of([weight]))[weight]
     assert torch.equal(step, torch.zeros(3))
 
 
 def test_a_parameter_without_a_gradient_has_no_direction_and_is_behind_afterwards() -> None:
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
-    masters = {each: each.detach() for each in weights}
+    masters = clones_of(weights)
     shadow = Shadow(AdamW(lr=0.1), [{"params": weights}], None)
     assert list(shadow.follow([(weights[0], torch.ones(2))], 1.0, masters)) == [weights[0]]
     steps = shadow.follow([(each, torch.ones(2)) for each in weights], 1.0, masters)

@@ -5,6 +5,7 @@ import math
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_a_run_records_quantiles_and_gives_tensorboard_histograms_on_any_number_
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         found.append({key: x for key, x in records[1].items() if key.startswith("gradient_")})
         board = EventAccumulator(str(run / "tensorboard"), {"histograms": 0}).Reload()
-        tags = board.Tags()["histograms"]
+        tags = cast(list[str], board.Tags()["histograms"])
         assert "model/gradient_histogram.layers.1.blocks.0" in tags
         shown = board.Histograms("model/gradient_histogram.all")
         assert [each.step for each in shown] == [1, 2, 3]
