@@ -173,10 +173,14 @@ def bench(arguments: Namespace) -> int:
 
 
 def mup(arguments: Namespace) -> int:
-    """Show what muP makes of a recipe."""
+    """Show what muP makes of a recipe, or check that it holds."""
+    if arguments.view == "check":
+        from interlace.launch.mup.check_command import check
+
+        return check(arguments, progress_line("trials"))
     from interlace.launch.mup.table import table
 
-    return {"table": table}[arguments.view](arguments)
+    return table(arguments)
 
 
 def sweep(arguments: Namespace) -> int:
