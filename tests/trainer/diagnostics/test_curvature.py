@@ -47,10 +47,11 @@ class Likelihood:
         self.seen = tensors["seen"].tolist()
 
 
-def make_model(dtype: torch.dtype = torch.float64) -> LanguageModel:
+def make_model(dtype: torch.dtype = torch.float64, pattern: str = "AF") -> LanguageModel:
     """A Transformer whose weights are large enough to bend its loss."""
     torch.manual_seed(0)
-    model = LanguageModel(SECTION, VOCABULARY, dtype).to(dtype)
+    section = SECTION.model_copy(update={"pattern": pattern})
+    model = LanguageModel(section, VOCABULARY, dtype).to(dtype)
     model.initialise(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -99,12 +100,11 @@ def loss_of(model: LanguageModel, values: Sequence[torch.Tensor]) -> torch.Tenso
     return torch.func.functional_call(model, named, arguments, named_arguments).objective
 
 
-def reference_model() -> LanguageModel:
+def reference_of(model: LanguageModel) -> LanguageModel:
     """The same weights, with attention as its formula has it."""
-    plain = LanguageModel(
-        SECTION.model_copy(update={"attention_backend": "reference"}), VOCABULARY, torch.float64
-    ).double()
-    plain.load_state_dict(make_model().state_dict())
+    section = model.config.model_copy(update={"attention_backend": "reference"})
+    plain = LanguageModel(section, VOCABULARY, torch.float64).double()
+    plain.load_state_dict(model.state_dict())
     return plain
 
 
@@ -130,8 +130,10 @@ def test_a_direction_in_which_the_loss_is_straight_has_no_curvature() -> None:
     assert quadratic_forms((x**2).sum() + 3 * y.sum(), [x, y], directions) == {"along y": 0.0}
 
 
-def test_forms_of_a_transformer_are_those_of_torch_s_hessian_products() -> None:
-    model, plain = make_model(), reference_model()
+@pytest.mark.parametrize("pattern", ["AF", "AE"])
+def test_forms_of_a_transformer_are_those_of_torch_s_hessian_products(pattern: str) -> None:
+    model = make_model(pattern=pattern)
+    plain = reference_of(model)
     found = measured(model, [make_batch()])
     weights = tuple(each.detach() for each in plain.parameters())
     for name, direction in make_directions(model).items():
