@@ -1,6 +1,7 @@
 """The command behind `interlace sweep`: what was asked for, checked, run, judged, shown."""
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -86,7 +87,7 @@ def run_all(state: State) -> None:
 
 def runner_of(state: State, jobs: int) -> Runner:
     """Return whoever runs the trials of a sweep."""
-    threads = max(1, usable_cores() // jobs)
+    threads = threads_of_each(jobs)
     if state.space.request.on == "ray":
         from interlace.launch.sweep.ray_tune import RayRunner
 
@@ -94,6 +95,12 @@ def runner_of(state: State, jobs: int) -> Runner:
     from interlace.launch.sweep.workers import LocalRunner
 
     return LocalRunner(state.store, state.space.code, jobs, threads, torch.cuda.device_count())
+
+
+def threads_of_each(jobs: int) -> int:
+    """Return the threads of a trial: its share of the cores, fewer if OMP_NUM_THREADS says so."""
+    share, said = max(1, usable_cores() // jobs), os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(said)) if said.isdecimal() and int(said) else share
 
 
 def conclude(state: State, folder: Path) -> int:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from interlace.launch.cli import build_parser, main, parse
+from interlace.launch.sweep import command
 from interlace.launch.sweep.carry import axes_between
 from interlace.launch.sweep.conducting import Ended, Job, State, conduct
 from interlace.launch.sweep.judging import judged, winner
@@ -465,20 +466,30 @@ def test_a_target_that_muP_cannot_compare_with_its_base_is_refused_first(
 # Whole sweeps, in processes
 
 
+def test_trials_share_the_cores_and_take_no_more_threads_than_the_environment_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command, "usable_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [command.threads_of_each(jobs) for jobs in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert command.threads_of_each(2) == 1
+
+
 def test_a_killed_sweep_goes_on_and_repeats_no_finished_trial(
     corpus: tuple[str, str], tmp_path: Path
 ) -> None:
-    shape = ("--seeds", "1", "--jobs", "1", "--parametrisation", "standard", "train.steps=30")
+    shape = ("--seeds", "1", "--jobs", "1", "--parametrisation", "standard", "train.steps=12")
 
     def line(name: str) -> list[str]:
         folders = ("--store", str(tmp_path / name), "--output", str(tmp_path / f"{name}-out"))
         return words(corpus, *shape, *folders)
 
     store = Store(tmp_path / "killed")
-    command = [sys.executable, "-m", "interlace.launch.cli", *line("killed")]
+    started = [sys.executable, "-m", "interlace.launch.cli", *line("killed")]
     log = (tmp_path / "log").open("wb")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    sweep = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    sweep = subprocess.Popen(started, stdout=log, stderr=log, env=environment)
     deadline = time.monotonic() + 300
     while len(list(store.results())) < 3 and sweep.poll() is None:
         assert time.monotonic() < deadline, (tmp_path / "log").read_text()
