@@ -74,8 +74,8 @@ class TokenShift(nn.Module):
 
     @classmethod
     def roles(cls, config: ModelSection) -> Mapping[str, Role]:
-        """A share per channel, and a matrix between widths."""
-        return {"share": "vector", "output.weight": "hidden"}
+        """A share per channel, and a matrix that writes into the residual stream."""
+        return {"share": "vector", "output.weight": "residual"}
 
     @classmethod
     def parameter_count(cls, config: ModelSection) -> int:

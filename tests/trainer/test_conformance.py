@@ -83,13 +83,31 @@ class WrongCount(TokenShift):
 class MissingRole(TokenShift):
     @classmethod
     def roles(cls, config: Any) -> Any:
-        return {"output.weight": "hidden"}
+        return {"output.weight": "residual"}
 
 
 class StrangeRole(TokenShift):
     @classmethod
     def roles(cls, config: Any) -> Any:
-        return {"output.weight": "hidden", "share": "hidden"}
+        return {"output.weight": "residual", "share": "hidden"}
+
+
+class MissingRows(TokenShift):
+    @classmethod
+    def row_blocks(cls, config: Any) -> Any:
+        return {"output.weight": [("a", config.width // 2), ("b", config.width // 2 - 1)]}
+
+
+class EqualParts(TokenShift):
+    @classmethod
+    def row_blocks(cls, config: Any) -> Any:
+        half = config.width // 2
+        return {"output.weight": [("a", half), ("a", half)], "gone": [("a", 1)]}
+
+
+class AddsBehindItsMatrix(TokenShift):
+    def forward(self, x: torch.Tensor, context: BlockContext) -> torch.Tensor:
+        return super().forward(x, context) + 0.05 * x
 
 
 class GlobalRandomness(TokenShift):
@@ -123,7 +141,7 @@ class CarriesNothing(TokenShift):
 
 class MixesRows(TokenShift):
     def forward(self, x: torch.Tensor, context: BlockContext) -> torch.Tensor:
-        return super().forward(x, context) + 0.05 * x.mean(0, keepdim=True)
+        return super().forward(x + 0.05 * x.mean(0, keepdim=True), context)
 
 
 class CrossesDocuments(TokenShift):
@@ -234,6 +252,9 @@ BROKEN: dict[type[TokenShift], set[str]] = {
     WrongCount: {"parameter count"},
     MissingRole: {"roles"},
     StrangeRole: {"roles"},
+    MissingRows: {"row blocks"},
+    EqualParts: {"row blocks"},
+    AddsBehindItsMatrix: {"residual"},
     GlobalRandomness: {"initial values"},
     SqueezesOneByOne: {"shapes"},
     AnswersInFloat32: {"bfloat16"},
@@ -294,6 +315,14 @@ def test_what_is_declared_not_to_hold_is_not_asked_for() -> None:
     for name, reason in reasons.items():
         assert outcomes[name].verdict == "does not apply"
         assert outcomes[name].advice == reason
+
+
+def test_wrong_parts_of_a_tensor_are_named() -> None:
+    assert failures_of(MissingRows) == {"row blocks": "output.weight has 16 rows, and its parts 15"}
+    registry.REGISTERED.pop("X")
+    assert failures_of(EqualParts) == {
+        "row blocks": "output.weight[a] is there twice; gone is no parameter"
+    }
 
 
 def test_an_error_is_a_failure_that_names_its_line() -> None:

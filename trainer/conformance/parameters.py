@@ -6,10 +6,13 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from interlace.trainer.conformance.outcome import Outcome, judged
-from interlace.trainer.conformance.subject import Subject, forward
+from interlace.trainer.conformance.outcome import Outcome, exempt, judged
+from interlace.trainer.conformance.subject import Subject, distance, forward
 from interlace.trainer.models.model import Balances
-from interlace.trainer.models.registry import Role, Traits, registered_letters
+from interlace.trainer.models.registry import Fused, Role, Traits, registered_letters
+
+SAME = 1e-5
+"""Share of the largest value by which doubled weights may miss doubled results."""
 
 
 def declarations(subject: Subject) -> Outcome:
@@ -56,6 +59,52 @@ def roles(subject: Subject) -> Outcome:
         "roles(config) names exactly the parameters that the module has at this config: `hidden` "
         "for a matrix between widths, `residual` for one that writes into the residual stream, "
         "`readout` from the width to a fixed number, else `vector`",
+    )
+
+
+def row_blocks(subject: Subject) -> Outcome:
+    """The parts of a tensor whose rows are several things have names of their own, and cover it."""
+    kind = subject.kind
+    if not isinstance(kind, Fused):
+        return exempt("no tensor of it is declared to be several things side by side")
+    shapes = {name: tuple(value.shape) for name, value in subject.empty().named_parameters()}
+    wrong: list[str] = []
+    for name, blocks in kind.row_blocks(subject.config).items():
+        names, counts = [each for each, _ in blocks], [rows for _, rows in blocks]
+        if name not in shapes:
+            wrong.append(f"{name} is no parameter")
+        elif sum(counts) != shapes[name][0]:
+            wrong.append(f"{name} has {shapes[name][0]} rows, and its parts {sum(counts)}")
+        wrong += [f"{name}[{each}] has {rows} rows" for each, rows in blocks if rows < 1]
+        wrong += [f"{name}[{each}] is there twice" for each in names if names.count(each) > 1]
+    return judged(
+        not wrong,
+        "; ".join(dict.fromkeys(wrong)) or "all rows, each once",
+        "all rows, each once",
+        "row_blocks(config) lists name and number of rows of every part, from the first row, at "
+        "this config and at every other width",
+    )
+
+
+@torch.no_grad()
+def residual(subject: Subject) -> Outcome:
+    """What is declared to write into the residual stream, and nothing else, scales the output."""
+    names = [
+        name for name, role in subject.kind.roles(subject.config).items() if role == "residual"
+    ]
+    if not names:
+        return exempt("no parameter of it is declared to write into the residual stream")
+    module, x = subject.module(), subject.rows(2)
+    expected = 2.0 * forward(module, x, subject.context(x))
+    for name in names:
+        module.get_parameter(name).mul_(2.0)
+    off = distance(forward(module, x, subject.context(x)), expected)
+    return judged(
+        off <= SAME,
+        f"{off:.1e} off when {', '.join(names)} are doubled",
+        f"the double, within {SAME:.0e}",
+        "muP puts a block's multiplier into these weights when it is exported: `residual` is the "
+        "role of the last matrix, behind which nothing is added",
     )
 
 

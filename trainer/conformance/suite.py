@@ -44,6 +44,8 @@ CHECKS = (
     Check("declarations", parameters.declarations),
     Check("parameter count", costs.parameter_count),
     Check("roles", parameters.roles),
+    Check("row blocks", parameters.row_blocks),
+    Check("residual", parameters.residual),
     Check("initial values", parameters.initial_values),
     Check("shapes", behaviour.shapes),
     Check("bfloat16", behaviour.bfloat16),
