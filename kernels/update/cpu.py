@@ -304,11 +304,17 @@ def magnitudes(values, scale, counts):
     """Add 1 to the bin of every magnitude that is neither 0 nor infinite; see `histogram`."""
     # Neighbours often fall into one bin: each of four waits for no other's count.
     lanes = np.zeros((4, counts.shape[0]), dtype=np.uint32)
+    # Bins are computed several at once, which counting is not.
+    bins = np.empty(1024, dtype=np.uint16)
     zeros = np.int64(0)
-    for i in range(values.shape[0]):
-        bits = np.uint32(bits_of(read(values, i) * scale) & np.uint32(0x7FFFFFFF))
-        zeros += np.int64(bits == 0)
-        lanes[i & 3, bits >> np.uint32(20)] += np.uint32(1)
+    for start in range(0, values.shape[0], bins.shape[0]):
+        part = values[start : start + bins.shape[0]]
+        for i in range(part.shape[0]):
+            bits = np.uint32(bits_of(read(part, i) * scale) & np.uint32(0x7FFFFFFF))
+            zeros += np.int64(bits == 0)
+            bins[i] = np.uint16(bits >> np.uint32(20))
+        for i in range(part.shape[0]):
+            lanes[i & 3, bins[i]] += np.uint32(1)
     for place in range(0x7F8):
         for lane in range(4):
             counts[place] += lanes[lane, place]
