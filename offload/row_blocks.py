@@ -39,12 +39,12 @@ def local_blocks(
     """Yield `(block, start, stop)` for the blocks that this rank has a part of, in elements of its
     own, contiguous part of a parameter.
     """
-    local_shape, first_row = rows_here(parameter)
-    elements = local_shape.numel()
-    blocks = blocks_of(group)
+    blocks, here = blocks_of(group), parameter.detach()
+    elements = (here.to_local() if isinstance(here, DTensor) else here).numel()
     if not blocks or not elements:
         yield 0, 0, elements
         return
+    local_shape, first_row = rows_here(parameter)
     last_row, per_row = first_row + local_shape[0], elements // local_shape[0]
     start = 0
     for number, block in enumerate(blocks):
