@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.channel.moe import Router
 from interlace.trainer.models.depth import layer_patterns
 from interlace.trainer.models.language_model import Block, Layer
@@ -42,6 +43,9 @@ def parametrise(model: Model, manifest: Manifest) -> None:
 def fold(model: Model, config: RunConfig) -> RunConfig:
     """Multiply the forward multipliers of a model into its weights, in place; return its recipe,
     which has none any more.
+
+    Raises:
+        ConfigError: A block of a plug-in has no weight that its multiplier can be put into.
     """
     model.norm.weight.mul_(model.norm.multiplier)
     model.norm.multiplier = 1.0
@@ -49,9 +53,24 @@ def fold(model: Model, config: RunConfig) -> RunConfig:
         assert isinstance(layer, Layer), "a layer is a word of the pattern"
         for letter, block in zip(word, layer.blocks, strict=True):
             assert isinstance(block, Block), "layers hold blocks"
-            fold_block(block, mixer_class(letter).roles(config.model))
+            roles = mixer_class(letter).roles(config.model)
+            check_foldable(letter, block, roles)
+            fold_block(block, roles)
     mup = config.mup.model_copy(update={"enabled": False})
     return config.model_copy(update={"mup": mup})
+
+
+def check_foldable(letter: str, block: Block, roles: Mapping[str, Role]) -> None:
+    """Raise `ConfigError` where a block is multiplied and no weight of it can take that over."""
+    if block.multiplier == 1.0 or "residual" in roles.values():
+        return
+    raise ConfigError(
+        [
+            f"model.pattern: the mixer {letter} has no parameter with the role `residual`, so what "
+            f"mup.base_layers multiplies its results with ({block.multiplier:g}) cannot be put "
+            "into its weights; declare which of them writes into the residual stream"
+        ]
+    )
 
 
 def fold_block(block: Block, roles: Mapping[str, Role]) -> None:

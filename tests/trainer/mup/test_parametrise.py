@@ -14,9 +14,11 @@ from torch.optim.swa_utils import AveragedModel
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.data.prepare import TOKENIZER_NAME
 from interlace.trainer.data.tokenizers import byte_tokenizer
+from interlace.trainer.errors import ConfigError
 from interlace.trainer.interop.writing import export_hf
 from interlace.trainer.model_folder import write_model_folder
 from interlace.trainer.models.channel.moe import Router
+from interlace.trainer.models.channel.swiglu import SwiGLU
 from interlace.trainer.models.language_model import Block, LanguageModel
 from interlace.trainer.models.layers import RMSNorm
 from interlace.trainer.models.mixers.attention import Attention
@@ -73,6 +75,23 @@ def test_a_folded_model_computes_the_same_as_one_without_mup(family: str) -> Non
     # And it was the multipliers that were folded: the old weights without them differ.
     plain.load_state_dict(weights, assign=True)
     assert (logits(plain) - expected).abs().max() > 1e-3
+
+
+def test_a_block_without_a_residual_matrix_cannot_be_folded_and_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("gate.weight", "up.weight", "down.weight")
+    monkeypatch.setattr(SwiGLU, "roles", lambda config: dict.fromkeys(names, "hidden"))
+    flat = recipe()
+    fold(model_of(flat), flat)
+    config = recipe(**DEEP)
+    with pytest.raises(ConfigError) as caught:
+        fold(model_of(config), config)
+    assert str(caught.value) == (
+        "model.pattern: the mixer F has no parameter with the role `residual`, so what "
+        "mup.base_layers multiplies its results with (0.5) cannot be put into its weights; declare "
+        "which of them writes into the residual stream"
+    )
 
 
 @pytest.mark.parametrize("family", ["transformer", "wide heads", "hybrid", "experts", "energy"])
