@@ -29,8 +29,8 @@ def sweep_page(state: State, verdicts: Sequence[Judged]) -> str:
     )
     parts = [head, *(family_page(each) for each in verdicts)]
     parts += [
-        "  ".join(["at its own optimum and the widest width muP's loss is", *each.family.settings])
-        + f" {abs(above):.4f} {'above' if above > 0 else 'below'} that of the standard one"
+        " ".join(["muP's loss at its own optimum, at the widest width:", *each.family.settings])
+        + f" {abs(above):.4f} {'above' if above > 0 else 'below'} the standard one's"
         for each, above in against_standard(verdicts)
     ]
     if state.failures:

@@ -12,6 +12,7 @@ from interlace.trainer.observe.plots import BLUE, GREY, ORANGE, picture, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 HEADROOM = 0.16
 """Share above the best loss of the worst width at which the picture ends."""
@@ -44,11 +45,23 @@ def draw(verdicts: Sequence[Judged], title: str, path: Path) -> None:
         if number % columns == 0:
             axes.set_ylabel("held-out loss (nats per token)")
     assert first is not None, "something is drawn"
+    name_widths(figure, widths)
     bounds(first, drawn)
     draw_optima(figure.add_subplot(grid[rows, :]), drawn, widths)
     temporary = path.with_name(f".{path.name}")
     temporary.write_bytes(picture(figure))
     temporary.replace(path)
+
+
+def name_widths(figure: "Figure", widths: Sequence[int]) -> None:
+    """Say at the top which colour is which width, once for all curves."""
+    from matplotlib.lines import Line2D
+
+    lines = [
+        Line2D([], [], color=colour_of(width, widths), linewidth=2.5, label=f"width {width}")
+        for width in widths
+    ]
+    figure.legend(handles=lines, loc="outside upper right", ncols=len(lines), frameon=False)
 
 
 def colour_of(width: int, widths: Sequence[int]) -> Any:
@@ -75,7 +88,6 @@ def draw_family(axes: "Axes", each: Judged, widths: Sequence[int]) -> None:
     axes.set_xlabel("learning rate")
     axes.xaxis.set_major_formatter(power_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=9, title="width", title_fontsize=9, loc="lower left")
     tidy(axes)
 
 

@@ -146,7 +146,7 @@ def side(lowest: float, means: Mapping[float, float], ladder: Ladder, way: int) 
         point = ladder.rungs[at]
         if point not in means:
             return {point}
-        if math.isnan(means[point]) or not in_valley(means[point], means[lowest]):
+        if not in_valley(means[point], means[lowest]):
             return set()
     return set()
 
