@@ -53,7 +53,7 @@ def test_trials_of_ray_tune_fill_the_same_store(
 def test_a_trial_that_crashes_under_ray_is_reported(
     corpus: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("INTERLACE_FAILPOINT", "step.update@2:error")
+    monkeypatch.setenv("INTERLACE_FAILPOINT", "step.update@2:eio")
     folders = ("--store", str(tmp_path / "store"), "--output", str(tmp_path / "out"))
     shape = ("--widths", "16", "--lr", "2**-7", "--seeds", "1", "--jobs", "1")
     assert main(["sweep", "fault-drill", *SMALL, *corpus, *shape, *folders, "--on", "ray"]) == 1
