@@ -56,7 +56,8 @@ def fold(model: Model, config: RunConfig) -> RunConfig:
             roles = mixer_class(letter).roles(config.model)
             check_foldable(letter, block, roles)
             fold_block(block, roles)
-    mup = config.mup.model_copy(update={"enabled": False})
+    # Nothing is left that rules could be left out of, and recipes say so.
+    mup = config.mup.model_copy(update={"enabled": False, "without": []})
     return config.model_copy(update={"mup": mup})
 
 

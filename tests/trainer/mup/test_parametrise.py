@@ -11,6 +11,7 @@ from mup_cases import FAMILIES, VOCABULARY, model_of, recipe
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from interlace.trainer.config.checks import validate
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.data.prepare import TOKENIZER_NAME
 from interlace.trainer.data.tokenizers import byte_tokenizer
@@ -75,6 +76,11 @@ def test_a_folded_model_computes_the_same_as_one_without_mup(family: str) -> Non
     # And it was the multipliers that were folded: the old weights without them differ.
     plain.load_state_dict(weights, assign=True)
     assert (logits(plain) - expected).abs().max() > 1e-3
+
+
+def test_the_recipe_of_a_folded_model_is_a_valid_one() -> None:
+    config = recipe("hybrid", mup={"without": ["epsilon", "row_blocks"]})
+    assert validate(fold(model_of(config), config).model_dump()).mup.without == []
 
 
 def test_a_block_without_a_residual_matrix_cannot_be_folded_and_is_named(
