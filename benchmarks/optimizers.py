@@ -8,8 +8,8 @@ Li 2023, arXiv 2306.00204): `<v, H v> / <v, v>` along the step v that each of th
 So rules are compared on the same trajectory, and each on its own.
 
 What is compared is the held-out loss after as many steps. There is no weight decay, since it is
-multiplied by learning rates that differ a thousandfold here; and gradients are clipped by their
-norm at 1, but for the clipped rules, which need no norm.
+multiplied by learning rates that differ a thousandfold here. Signum and AdamW have their gradients
+clipped by their norm at 1, as is usual, SGD with and without.
 
     python benchmarks/optimizers.py [--steps 200] [--seeds 3] [--save]
 """
@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -41,7 +41,8 @@ from interlace.trainer.loop import finished_steps
 from interlace.trainer.observe.metrics import StepRecord
 
 RULES = {
-    "SGD": ("optimizer.rule=sgd",),
+    "SGD": ("optimizer.rule=sgd", "optimizer.clip=0.0"),
+    "SGD, norm clipped": ("optimizer.rule=sgd",),
     "Signum": ("optimizer.rule=signum",),
     "clipped SGD": ("optimizer.rule=clipped_sgd",),
     "clipped SGD, lagged quantile": (
@@ -55,7 +56,7 @@ RULES = {
 STATE_BYTES = {"AdamW": 8}
 """Of fp32 state per parameter; 4 where it is not listed, for the momentum."""
 
-COLORS = ("tab:gray", "tab:purple", "tab:blue", "tab:cyan", "tab:orange")
+COLORS = ("black", "tab:gray", "tab:purple", "tab:blue", "tab:cyan", "tab:orange")
 
 DIRECTIONS = {"sgd": "SGD", "signum": "Signum", "clipped_sgd": "clipped SGD", "adamw": "AdamW"}
 """Rules whose directions are measured, as recipes call them, and whose color they have."""
@@ -102,7 +103,8 @@ class Setting:
 
     steps: int
     seeds: int
-    prepared: str
+    work: str
+    """Folder of the tokenised text and of finished runs, which are not run again."""
 
     def words(self, rule: str, log2_lr: int, seed: int, folder: str) -> list[str]:
         """Return the words of one run's command line."""
@@ -116,7 +118,7 @@ class Setting:
             "train.validation_tokens=32768",
             "checkpoint.every_steps=0",
             "observe.sample_tokens=0",
-            f"data.prepared_dir={self.prepared}",
+            f"data.prepared_dir={self.work}",
             f"run.seed={seed}",
             f"run.dir={folder}",
         ]
@@ -124,6 +126,9 @@ class Setting:
     def train(self, rule: str, log2_lr: int, seed: int, measure: bool = False) -> Training:
         """Train once; measure along all rules' directions if that is wanted."""
         found = Training(rule=rule, log2_lr=log2_lr, seed=seed)
+        kept = Path(self.work) / f"{self.steps} {rule} {log2_lr} {seed}.json"
+        if kept.is_file():
+            return training_from(kept)
         start = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             words = self.words(rule, log2_lr, seed, f"{folder}/run")
@@ -138,6 +143,7 @@ class Setting:
             records = train(words)
         found.seconds = time.process_time() - start
         take_in(found, records, self.steps)
+        kept.write_text(json.dumps(asdict(found)), encoding="utf-8")
         return found
 
     def compete(self, rule: str) -> tuple[dict[int, Training], list[Training]]:
@@ -162,6 +168,14 @@ def train(words: Sequence[str]) -> list[StepRecord]:
             if divergence(records, config.optimizer.warmup_steps):
                 break
     return records
+
+
+def training_from(path: Path) -> Training:
+    """Read a run that was kept."""
+    found = Training(**json.loads(path.read_text(encoding="utf-8")))
+    # JSON has no numbers as keys.
+    found.sharpness = {int(step): values for step, values in found.sharpness.items()}
+    return found
 
 
 def take_in(found: Training, records: Sequence[StepRecord], steps: int) -> None:
@@ -244,29 +258,36 @@ def steps_of(runs: Sequence[Training], loss: float) -> str:
 
 def verdicts(found: Mapping[str, Sequence[Training]]) -> list[str]:
     """Return what the runs say, a sentence each."""
-    sgd, clipped, adamw = found["SGD"], found["clipped SGD"], found["AdamW"]
-    pairs = list(zip(sgd, clipped, strict=True))
-    wins = sum(ours.held_out < plain.held_out for plain, ours in pairs)
+    clipped, adamw = found["clipped SGD"], found["AdamW"]
     along: list[bool] = []
     for run in (run for runs in found.values() for run in runs):
         at = [run.sharpness[step] for step in EARLY if step in run.sharpness]
         along += [sharp["clipped_sgd"] < sharp["sgd"] for sharp in at]
     own = [
         ours.sharpness[step]["clipped_sgd"] < plain.sharpness[step]["sgd"]
-        for plain, ours in pairs
+        for plain, ours in zip(found["SGD"], clipped, strict=True)
         for step in EARLY
         if step in plain.sharpness and step in ours.sharpness
     ]
     lead = mean_loss(clipped) - mean_loss(adamw)
     named = "AdamW leads" if lead > 0 else "clipped SGD leads"
     return [
-        f"clipped SGD ends below SGD in {wins} of {len(pairs)} seeds, by "
-        f"{mean_loss(sgd) - mean_loss(clipped):.3f} nats per token on average.",
+        *(compared(rule, found[rule], clipped) for rule in ("SGD", "SGD, norm clipped")),
         f"Early in training (steps {' and '.join(map(str, EARLY))}) the sharpness along its step "
         f"is below that along SGD's in {sum(along)} of {len(along)} comparisons on one trajectory, "
         f"whoever's it is, and in {sum(own)} of {len(own)} with each on its own.",
         f"{named}: {abs(lead):.3f} nats per token between the two.",
     ]
+
+
+def compared(rule: str, others: Sequence[Training], clipped: Sequence[Training]) -> str:
+    """Say how clipped SGD ends beside another rule, seed by seed."""
+    wins = sum(ours.held_out < its.held_out for its, ours in zip(others, clipped, strict=True))
+    difference = mean_loss(others) - mean_loss(clipped)
+    return (
+        f"clipped SGD ends below {rule} in {wins} of {len(clipped)} seeds; the mean is "
+        f"{abs(difference):.3f} nats per token {'lower' if difference > 0 else 'higher'}."
+    )
 
 
 def draw(
@@ -310,15 +331,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--work", default="", help="folder in which finished runs are kept")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/optimizers*")
     arguments = parser.parse_args()
     with (
-        tempfile.TemporaryDirectory() as prepared,
+        tempfile.TemporaryDirectory() as empty,
         ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool,
     ):
-        setting = Setting(arguments.steps, arguments.seeds, prepared)
+        work = arguments.work or empty
+        setting = Setting(arguments.steps, arguments.seeds, work)
         # The corpus is tokenised once, before processes want it.
-        Setting(1, 1, prepared).train("SGD", FIRST, TUNING_SEED)
+        Setting(1, 1, work).train("SGD", FIRST, TUNING_SEED)
         outcomes = dict(zip(RULES, pool.map(setting.compete, RULES), strict=True))
     tuning = {rule: runs for rule, (runs, _) in outcomes.items()}
     found = {rule: runs for rule, (_, runs) in outcomes.items()}
