@@ -46,7 +46,7 @@ def sweep(arguments: Namespace) -> int:
         run_all(state)
     except KeyboardInterrupt:
         print(
-            f"\ninterlace: interrupted; {len(state.results)} finished trials are kept in "
+            f"\ninterlace: interrupted; finished trials ({len(state.results)}) are kept in "
             f"{request.store}, and the same command goes on from there",
             file=sys.stderr,
         )

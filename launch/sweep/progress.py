@@ -19,8 +19,8 @@ from interlace.launch.sweep.trials import Trial
 from interlace.trainer.observe.units import human_duration
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.live import Live
-    from rich.table import Table
 
 POINTS_TO_COME = 5
 COST_EXPONENT = 1.5
@@ -154,13 +154,14 @@ def ending(state: State, trial: Trial) -> str:
     return f"loss {result.loss:.4f}  {result.wall_seconds:.1f} s"
 
 
-def table(state: State, jobs: int) -> "Table":
-    """Draw widths by learning rates: mean losses, and how far each point is."""
+def table(state: State, jobs: int) -> "Group":
+    """Draw widths by learning rates: mean losses, and how far each point is, below a summary."""
+    from rich.console import Group
     from rich.table import Table
 
     known = state.lines()
     points = sorted({point for line in known for point in line.points})
-    drawn = Table(title=summary(state, jobs), title_justify="left", title_style="", box=None)
+    drawn = Table(box=None)
     drawn.add_column("width")
     for point in points:
         drawn.add_column(power(point), justify="right")
@@ -168,7 +169,7 @@ def table(state: State, jobs: int) -> "Table":
         best = min((m for m in line.means.values() if m == m), default=math.nan)
         cells = [cell(state, line, point, best) for point in points]
         drawn.add_row(" ".join([name_of(line), str(line.width)]), *cells)
-    return drawn
+    return Group(summary(state, jobs), drawn)
 
 
 def name_of(line: Line) -> str:
