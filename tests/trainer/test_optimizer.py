@@ -52,7 +52,7 @@ def test_adamw_equals_its_formula_and_decays_matrices_only() -> None:
             parameter.grad = g.clone()
             first[name] = settings.beta1 * first[name] + (1 - settings.beta1) * g
             second[name] = settings.beta2 * second[name] + (1 - settings.beta2) * g**2
-            decay = settings.weight_decay if parameter.ndim == 2 else 0.0
+            decay = settings.weight_decay or 0.0 if parameter.ndim == 2 else 0.0
             m = first[name] / (1 - settings.beta1**step)
             v = second[name] / (1 - settings.beta2**step)
             twins[name] = twins[name] * (1 - rate * decay)

@@ -168,8 +168,10 @@ class OptimizerSection(Section):
     epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
     """Added to the root of the second moment."""
 
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
-    """Decoupled weight decay of matrices; norms and biases have none."""
+    weight_decay: Annotated[float, Field(ge=0.0)] | None = None
+    """Weight decay of matrices, times the learning rate; norms and biases have none. Unset means
+    0.1, and 0 for `sgd` and `clipped_sgd`, whose learning rates are hundreds of times larger.
+    """
 
     clip: Annotated[float, Field(ge=0.0)] | None = None
     """Largest global gradient norm; a longer gradient is scaled down. 0 turns clipping by norm off;

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from interlace.kernels.update import UpdateRule
 
     RuleBuilder = Callable[[OptimizerSection], UpdateRule]
-    """Makes a rule of the `[optimizer]` table."""
+    """Makes a rule of the `[optimizer]` table, in which the decay is set."""
 
 RULES: Registry[RuleBuilder] = Registry(
     "update rule",
@@ -34,6 +34,12 @@ RULES: Registry[RuleBuilder] = Registry(
         "signum": "interlace.trainer.rules.signum",
     },
 )
+
+
+USUAL_DECAY = 0.1
+
+AT_LARGE_RATES = ("sgd", "clipped_sgd")
+"""Rules whose learning rates would make the usual decay take off most of a matrix in a step."""
 
 
 def update_rule(name: str) -> Callable[[RuleBuilder], RuleBuilder]:
@@ -49,7 +55,11 @@ def rule_of(config: RunConfig) -> UpdateRule:
     """
     from interlace.kernels.update import CoordinateClip
 
-    rule = RULES.get(config.optimizer.rule)(config.optimizer)
+    settings = config.optimizer
+    if settings.weight_decay is None:
+        usual = 0.0 if settings.rule in AT_LARGE_RATES else USUAL_DECAY
+        settings = settings.model_copy(update={"weight_decay": usual})
+    rule = RULES.get(settings.rule)(settings)
     stage, clip = clip_stage(config), config.coordinate_clip
     if stage == "none":
         return rule

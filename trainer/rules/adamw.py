@@ -12,5 +12,5 @@ def adamw(settings: OptimizerSection) -> AdamW:
         lr=settings.peak_lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
+        weight_decay=settings.weight_decay or 0.0,
     )

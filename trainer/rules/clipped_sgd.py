@@ -15,7 +15,7 @@ def clipped_sgd(settings: OptimizerSection) -> SGD:
     return SGD(
         lr=settings.peak_lr,
         momentum=settings.beta1,
-        weight_decay=settings.weight_decay,
+        weight_decay=settings.weight_decay or 0.0,
         nesterov=settings.nesterov,
         decoupled=True,
     )

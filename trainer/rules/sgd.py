@@ -11,6 +11,6 @@ def sgd(settings: OptimizerSection) -> SGD:
     return SGD(
         lr=settings.peak_lr,
         momentum=settings.beta1,
-        weight_decay=settings.weight_decay,
+        weight_decay=settings.weight_decay or 0.0,
         nesterov=settings.nesterov,
     )

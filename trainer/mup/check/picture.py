@@ -2,6 +2,7 @@
 how the sizes go with the width.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ COLUMNS = [
 ]
 STEEPEST = 1.0
 """Slope at which colours end."""
+
+NAMES_APART = 0.4
+"""Octaves between the names of two lines."""
 
 ROW_HEIGHT, LEAST_HEIGHT = 0.24, 4.0
 
@@ -82,12 +86,16 @@ def draw_sizes(axes: Any, verdict: Verdict) -> None:
         sizes = np.asarray(each.sizes) / each.sizes[0]
         width = 1.0 if each.passes else 2.0
         axes.plot(verdict.widths, sizes, color=colour, linewidth=width, marker="o", markersize=3)
-    failing = sorted((each for each in late if not each.passes), key=lambda each: -abs(each.slope))
-    for each in failing[:4]:
-        end = each.sizes[-1] / each.sizes[0]
+    named: list[float] = []
+    for each in sorted(late, key=lambda each: (-abs(each.slope), -len(each.title))):
+        height = math.log2(each.sizes[-1] / each.sizes[0])
+        # Names of lines that lie on each other would too.
+        if each.passes or any(abs(height - other) < NAMES_APART for other in named):
+            continue
+        named.append(height)
         axes.annotate(
-            each.title, (verdict.widths[-1], end), xytext=(-4, 4), textcoords="offset points",
-            ha="right", fontsize=7, color=ORANGE,
+            each.title, (verdict.widths[-1], 2.0**height), xytext=(-4, 4),
+            textcoords="offset points", ha="right", fontsize=7, color=ORANGE,
         )  # fmt: skip
     axes.axhline(1.0, color=BLUE, linewidth=0.8, linestyle="--")
     axes.set_xscale("log", base=2)

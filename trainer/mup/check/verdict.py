@@ -59,8 +59,8 @@ BEHIND: Mapping[tuple[Statistic, Phase], Bounds] = {
 """The same of what has no side that grows: it is fed with outputs."""
 
 CAUSES: Sequence[tuple[Phase, Sequence[Statistic]]] = (
-    ("start", ("size", "gradient", "update", "clipped")),
-    ("late", ("update", "clipped", "change", "size", "gradient")),
+    ("start", ("size", "gradient", "clipped", "update")),
+    ("late", ("clipped", "update", "change", "size", "gradient")),
 )
 """The order of cause."""
 
