@@ -3,6 +3,7 @@
 Each returns None or one message with key, value, reason and remedy, as those in `checks`.
 """
 
+from interlace.trainer.config.clip_checks import clip_stage
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
 
@@ -28,14 +29,16 @@ def mup_has_its_base(config: RunConfig) -> str | None:
 
 def threshold_follows_the_width(config: RunConfig) -> str | None:
     """A threshold that stays the same while gradients shrink stops clipping."""
-    clipped = config.coordinate_clip.stage != "none" and config.optimizer.rule == "clipped_sgd"
-    fixed = config.coordinate_clip.policy == "fixed"
-    if not (config.mup.enabled and clipped and fixed and "threshold" in config.mup.without):
+    stage, fixed = clip_stage(config), config.coordinate_clip.policy == "fixed"
+    # An update like Adam's has one scale at all widths; that of gradient descent is the gradient's.
+    descends = config.optimizer.rule in {"sgd", "clipped_sgd"}
+    shrinks = stage == "gradient" or (stage == "update" and descends)
+    if not (config.mup.enabled and shrinks and fixed and "threshold" in config.mup.without):
         return None
     return (
         "mup.without=threshold: under muP the coordinates of a gradient shrink as the width grows, "
-        "so a fixed threshold that does not clips less and less, until the rule is plain gradient "
-        "descent at a rate meant for clipped coordinates; leave it out, or type "
+        "so a fixed threshold that does not clips less and less, until nothing is clipped, at a "
+        "rate meant for clipped coordinates; leave it out, or type "
         "coordinate_clip.policy=lagged_quantile, which follows by itself"
     )
 

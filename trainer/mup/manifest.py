@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from interlace.trainer.config.clip_checks import clip_stage
+from interlace.trainer.config.mup_section import Rule
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.depth import layer_patterns
@@ -287,7 +289,7 @@ def entry_of(
         divided=piece.divided and part == "readout",
         spread_falls=piece.spread_falls,
     )
-    found = factors(growth, scale_free, mup.without)
+    found = factors(growth, scale_free, left_out(config, scale_free))
     initial = found.initial
     if piece.declared == "residual":
         # Its start falls with the root of the depth; here the block's multiplier sees to that.
@@ -296,6 +298,16 @@ def entry_of(
         initial = 0.0
     scaled = Factors(**(asdict(found) | {"initial": initial}))
     return Entry(piece.name, piece.rows, piece.shape, part, ratios[0], ratios[1], scaled)
+
+
+def left_out(config: RunConfig, scale_free: bool) -> Sequence[Rule]:
+    """Return the rules that are left out, as asked for or because they are of something else.
+
+    A threshold follows the gradient, or the direction that is a sum of gradients. The direction of
+    a rule like Adam's has one scale at all widths, and so has a threshold on it.
+    """
+    cut_alike = scale_free and clip_stage(config) == "update"
+    return [*config.mup.without, *(["threshold"] if cut_alike else [])]
 
 
 def part_of(fan_in_grows: bool, fan_out_grows: bool) -> Part:

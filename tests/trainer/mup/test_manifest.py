@@ -336,6 +336,26 @@ def test_leaving_out_a_rule_takes_away_what_it_is_for_and_nothing_else(rule: str
     assert roles == (where if changed else set())
 
 
+@pytest.mark.parametrize(
+    ("rule", "stage", "scale"),
+    [
+        ("adamw", "gradient", 1 / M),
+        ("adamw", "update", 1.0),
+        ("signum", "gradient", 1 / M),
+        ("signum", "update", 1.0),
+        ("clipped_sgd", "gradient", 1 / M),
+        ("clipped_sgd", "update", 1 / M),
+    ],
+)
+def test_a_threshold_follows_what_it_cuts(rule: str, stage: str, scale: float) -> None:
+    """The direction of Adam and Signum has one scale at all widths, gradients and sums of them
+    shrink.
+    """
+    found = manifest(optimizer={"rule": rule}, coordinate_clip={"stage": stage})
+    assert {entry.factors.threshold for entry in found.entries} == {scale}
+    assert {entry.factors.eps for entry in found.entries} == {1 / M}
+
+
 def test_without_blocks_of_rows_fused_tensors_are_one_matrix() -> None:
     found = manifest("hybrid", mup={"without": ["row_blocks"]})
     assert not any(entry.rows for entry in found.entries)
