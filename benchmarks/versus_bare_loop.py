@@ -22,6 +22,7 @@ from torch.nn import functional
 from interlace.trainer.assembly import open_run
 from interlace.trainer.config import RunConfig, load_recipe
 from interlace.trainer.config.clip_checks import largest_norm
+from interlace.trainer.rules import rule_of
 from interlace.trainer.run import Run
 from interlace.trainer.world import World
 
@@ -106,7 +107,7 @@ class BareLoop:
             self.model.parameters(),
             lr=self.settings.peak_lr,
             betas=(self.settings.beta1, self.settings.beta2),
-            weight_decay=self.settings.weight_decay,
+            weight_decay=rule_of(config).hyperparameters()["weight_decay"],
             fused=True,
         )
 

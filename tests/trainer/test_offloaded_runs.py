@@ -36,7 +36,7 @@ CLIPS = {
     "quantiles": LAGGED,
 }
 
-OFTEN = {("optimal", "clipped"), ("optimal", "unclipped"), ("optimal", "quantiles")}
+OFTEN = {("optimal", "clipped"), ("optimal", "unclipped")}
 """What `make test` runs; the rest is for `make test-long`."""
 
 Interlace = Callable[..., Any]
@@ -204,6 +204,7 @@ def tags_of(run: Path) -> set[str]:
     return set(board.Tags()["scalars"])
 
 
+@pytest.mark.long
 def test_a_policy_may_change_when_a_run_goes_on(
     interlace: Interlace, tiny: Sequence[str], tmp_path: Path
 ) -> None:
