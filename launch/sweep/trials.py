@@ -27,9 +27,8 @@ SOURCES = ("kernels", "offload", "trainer")
 """Layers that decide what training gives; `launch` only starts it."""
 
 WITHOUT_EFFECT = {
-    "run": ("name", "dir"),
     "data": ("prepared_dir", "workers"),
-    "checkpoint": ("every_steps", "keep_last", "keep_every_steps"),
+    "checkpoint": ("keep_last", "keep_every_steps"),
     "observe": (
         "log_every_steps",
         "trace_steps",
@@ -39,7 +38,7 @@ WITHOUT_EFFECT = {
     ),
     "offload": ("cpu_threads", "recalibrate"),
 }
-"""Settings that a result does not depend on."""
+"""Settings that a result does not depend on, besides those that are the same for all trials."""
 
 Tables = dict[str, dict[str, Any]]
 
