@@ -1,11 +1,11 @@
 """Update rules on one small Transformer: SGD, Signum, coordinate-clipped SGD and AdamW.
 
 A byte-level model of two layers learns the Python standard library, every rule with the peak
-learning rate that is best for it on one and the same grid (searched from the same point by factors
-of 4, then 2, until the best point has worse ones on both sides; with a seed that is not shown).
-Then three other seeds, and along each of those runs the directional sharpness of all rules (Pan and
-Li 2023, arXiv 2306.00204): `<v, H v> / <v, v>` along the step v that each of them would take there.
-So rules are compared on the same trajectory, and each on its own.
+learning rate that is best for it on one and the same grid: by factors of 4 from the same point to
+where it is worse on both sides, then every power of 2 within a factor of 8, with a seed that is not
+shown. Then three other seeds, and along each of those runs the directional sharpness of all rules
+(Pan and Li 2023, arXiv 2306.00204): `<v, H v> / <v, v>` along the step v that each of them would
+take there. So rules are compared on the same trajectory, and each on its own.
 
 What is compared is the held-out loss after as many steps. There is no weight decay, since it is
 multiplied by learning rates that differ a thousandfold here. Signum and AdamW have their gradients
@@ -68,6 +68,9 @@ MEASURED = (1, 5, 10, 20, 50, 100, 200)
 
 FIRST = -3
 """log2 of the learning rate that is tried first."""
+
+WINDOW = 3
+"""Octaves to both sides of the coarse optimum in which every power of 2 is tried."""
 
 TUNING_SEED = 100
 
@@ -207,11 +210,12 @@ def tuned(setting: Setting, rule: str) -> tuple[int, dict[int, Training]]:
             print(f"  {rule}: 2^{log2_lr} {runs[log2_lr].held_out:.4f}", flush=True)
         return runs[log2_lr].held_out
 
-    best, step = FIRST, 2
-    while step:
-        best = min((best - step, best, best + step), key=loss_at)
-        inside = loss_at(best) < min(loss_at(best - step), loss_at(best + step))
-        step = step if not inside else step // 2
+    best = FIRST
+    while (near := min((best - 2, best, best + 2), key=loss_at)) != best:
+        best = near
+    best = min(range(best - WINDOW, best + WINDOW + 1), key=loss_at)
+    while (near := min((best - 1, best, best + 1), key=loss_at)) != best:
+        best = near
     return best, runs
 
 
@@ -259,12 +263,14 @@ def steps_of(runs: Sequence[Training], loss: float) -> str:
 def verdicts(found: Mapping[str, Sequence[Training]]) -> list[str]:
     """Return what the runs say, a sentence each."""
     clipped, adamw = found["clipped SGD"], found["AdamW"]
-    along: list[bool] = []
-    for run in (run for runs in found.values() for run in runs):
-        at = [run.sharpness[step] for step in EARLY if step in run.sharpness]
-        along += [sharp["clipped_sgd"] < sharp["sgd"] for sharp in at]
+    same = [
+        (run.sharpness[step]["sgd"], run.sharpness[step]["clipped_sgd"])
+        for run in (run for runs in found.values() for run in runs)
+        for step in EARLY
+        if step in run.sharpness
+    ]
     own = [
-        ours.sharpness[step]["clipped_sgd"] < plain.sharpness[step]["sgd"]
+        (plain.sharpness[step]["sgd"], ours.sharpness[step]["clipped_sgd"])
         for plain, ours in zip(found["SGD"], clipped, strict=True)
         for step in EARLY
         if step in plain.sharpness and step in ours.sharpness
@@ -273,11 +279,24 @@ def verdicts(found: Mapping[str, Sequence[Training]]) -> list[str]:
     named = "AdamW leads" if lead > 0 else "clipped SGD leads"
     return [
         *(compared(rule, found[rule], clipped) for rule in ("SGD", "SGD, norm clipped")),
-        f"Early in training (steps {' and '.join(map(str, EARLY))}) the sharpness along its step "
-        f"is below that along SGD's in {sum(along)} of {len(along)} comparisons on one trajectory, "
-        f"whoever's it is, and in {sum(own)} of {len(own)} with each on its own.",
+        f"Sharpness at steps {' and '.join(map(str, EARLY))}, clipped SGD's against SGD's, on the "
+        f"same trajectory, whoever's it is: {counted(same)}",
+        f"The same with each on its own trajectory: {counted(own)}",
         f"{named}: {abs(lead):.3f} nats per token between the two.",
     ]
+
+
+def counted(pairs: Sequence[tuple[float, float]]) -> str:
+    """Say how often the sharpness of SGD's step is larger than that of clipped SGD's."""
+    convex = [ours < sgd for sgd, ours in pairs if sgd > 0.0]
+    concave = [abs(ours) < abs(sgd) for sgd, ours in pairs if sgd <= 0.0]
+    said = f"lower in {sum(convex)} of {len(convex)}."
+    if concave:
+        said += (
+            f" In {len(concave)} more the loss is concave along SGD's step, and less so along "
+            f"clipped SGD's in {sum(concave)}."
+        )
+    return said
 
 
 def compared(rule: str, others: Sequence[Training], clipped: Sequence[Training]) -> str:
