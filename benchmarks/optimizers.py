@@ -323,6 +323,8 @@ def draw(
         curve = smoothed(runs)
         middle.plot(range(1, len(curve) + 1), curve, color=color, label=rule)
     left.set(xlabel="log2 of the peak learning rate", ylabel="held-out loss, nats per token")
+    lowest = min(run.held_out for runs in tuning.values() for run in runs.values())
+    left.set_ylim(lowest - 0.1, lowest + 1.0)
     left.set_title("Tuning: one grid for all")
     middle.set(xlabel="step", ylabel="training loss, nats per token", ylim=(None, 4))
     middle.set_title(f"Training at the best rate, mean of {len(found['AdamW'])} seeds")
@@ -340,8 +342,9 @@ def draw_sharpness(axes: Axes, runs: Sequence[Training]) -> None:
         steps = [step for step in runs[0].sharpness if step >= min(EARLY)]
         means = [statistics.mean(run.sharpness[step][direction] for run in runs) for step in steps]
         axes.plot(steps, means, ".-", color=colors[rule], label=rule)
-    axes.set(xlabel="step", ylabel="directional sharpness", yscale="symlog")
-    axes.set_title("Sharpness along each rule's step, AdamW's trajectory")
+    axes.set(xlabel="step", ylabel="directional sharpness")
+    axes.set_yscale("symlog", linthresh=0.05)
+    axes.set_title("Sharpness of their steps, AdamW's runs")
 
 
 def main() -> None:
