@@ -1,5 +1,5 @@
-"""Coordinate checks of every model family, with AdamW and clipped SGD: under muP they must pass; the
-standard parametrisation, and muP with any one rule left out, must fail and name the module.
+"""Coordinate checks of every model family, with AdamW and clipped SGD: under muP they must pass;
+the standard parametrisation, and muP with any one rule left out, must fail and name the module.
 
     python benchmarks/coordinate_check.py --save
 """

@@ -40,6 +40,12 @@ the gradient, the update, and the share of clipped coordinates.
 """
 
 
+OBJECTIVE = "objective."
+"""Begins the titles of what an objective reports."""
+
+REPORTED = ("inner_gradient_norm",)
+"""What is a size of all that objectives report; losses and differences of energies are none."""
+
 FEW = 8
 """Tensors with fewer elements are chance, not size."""
 
@@ -197,8 +203,10 @@ def measure(trial: Trial) -> Series:
                 loss = objective.loss(model, batch)
                 loss.objective.backward()
                 activations.end_step(series)
-                for name, value in loss.details.items():
-                    series[Key(name, "size")].append(float(value))
+                for name in REPORTED:
+                    if name in loss.details:
+                        size = float(loss.details[name])
+                        series[Key(f"{OBJECTIVE}{name}", "size")].append(size)
                 weights.note_gradients(series)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from interlace.trainer.mup.check.measuring import Key, Series, Statistic
+from interlace.trainer.mup.check.measuring import OBJECTIVE, Key, Series, Statistic
 from interlace.trainer.mup.manifest import Manifest
 
 Phase = Literal["start", "late"]
@@ -33,7 +33,7 @@ HIDDEN: Mapping[tuple[Statistic, Phase], Bounds] = {
     ("gradient", "late"): (-0.6, 0.6),
     ("update", "start"): (-0.25, 0.25),
     ("update", "late"): (-0.3, 0.3),
-    ("clipped", "start"): (-0.5, 0.5),
+    ("clipped", "start"): (-math.inf, 0.5),
     ("clipped", "late"): (-0.5, 0.5),
 }
 """Lowest and highest slope of what is as large at every width."""
@@ -44,8 +44,8 @@ OUTPUT: Mapping[tuple[Statistic, Phase], Bounds] = {
     ("change", "late"): (-0.75, 0.35),
     ("gradient", "start"): (-math.inf, 0.5),
     ("gradient", "late"): (-math.inf, 0.6),
-    ("update", "start"): (-0.25, 0.25),
-    ("update", "late"): (-0.3, 0.3),
+    ("update", "start"): (-math.inf, 0.25),
+    ("update", "late"): (-math.inf, 0.3),
     ("clipped", "start"): (-math.inf, 0.5),
     ("clipped", "late"): (-math.inf, 0.5),
 }
@@ -56,7 +56,9 @@ BEHIND: Mapping[tuple[Statistic, Phase], Bounds] = {
     ("size", "start"): (-math.inf, 0.25),
     ("change", "late"): (-math.inf, 0.35),
 }
-"""The same of what has no side that grows: it is fed with outputs."""
+"""The same of what has no side that grows, and of what an objective tells of itself (the gradient of
+an energy): they are fed with outputs.
+"""
 
 CAUSES: Sequence[tuple[Phase, Sequence[Statistic]]] = (
     ("start", ("size", "gradient", "clipped", "update")),
@@ -189,6 +191,8 @@ def bounds_of(key: Key, roles: Mapping[str, str], phase: Phase) -> Bounds | None
     """Return what a slope may be; None where nothing is known of it."""
     role = roles.get(key.title) or roles.get(weight_of(key.title), "hidden")
     table = {"readout": OUTPUT, "finite": BEHIND}.get(role, HIDDEN)
+    if key.title.startswith(OBJECTIVE):
+        table = BEHIND
     return table.get((key.statistic, phase))
 
 
