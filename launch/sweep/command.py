@@ -150,7 +150,8 @@ def dry_page(state: State) -> str:
     """List the trials of a sweep as far as they are known, with the time they would take."""
     request, known = state.space.request, recorded_seconds(state)
     wanted = state.needed()
-    lines = [f"{len(state.results)} trials are in the store, {len(wanted)} are needed next:"]
+    lines = [*state.space.notes]
+    lines.append(f"{len(state.results)} trials are in the store, {len(wanted)} are needed next:")
     for width, count in sorted(Counter(trial.width for trial in wanted).items()):
         rates = sorted({trial.lr for trial in wanted if trial.width == width})
         lines.append(

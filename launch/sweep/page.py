@@ -27,7 +27,7 @@ def sweep_page(state: State, verdicts: Sequence[Judged]) -> str:
         f"{request.recipe}: widths {widths}, {request.seeds} seeds, learning rates at width "
         f"{state.space.base_width}; {len(state.results)} trials, {found} of them from the store"
     )
-    parts = [head, *(family_page(each) for each in verdicts)]
+    parts = ["\n".join([head, *state.space.notes]), *(family_page(each) for each in verdicts)]
     parts += [
         " ".join(["muP's loss at its own optimum, at the widest width:", *each.family.settings])
         + f" {abs(above):.4f} {'above' if above > 0 else 'below'} the standard one's"

@@ -7,7 +7,7 @@ results, whoever ran them and for whatever sweep, and a change of one line of co
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from interlace.trainer.config.checks import validate
 from interlace.trainer.config.load import load_recipe
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
-from interlace.trainer.mup.widths import at_width
+from interlace.trainer.mup.widths import at_width, with_whole_heads
 
 RESULT_FORMAT = 1
 """Raised when a result is computed in another way from the same training."""
@@ -84,6 +84,7 @@ class Space:
         code: Digest of the code.
         device: `cpu` or `cuda`.
         texts: Digest of the text of every combination.
+        notes: What was changed about the recipes so that all widths are possible.
     """
 
     request: Request
@@ -92,6 +93,7 @@ class Space:
     code: str
     device: str
     texts: Mapping[tuple[str, ...], str]
+    notes: Sequence[str] = ()
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -136,14 +138,18 @@ def make_space(request: Request, device: str) -> Space:
     """
     from interlace.trainer.data.prepare import list_inputs
 
-    configs = {
-        settings: load_recipe(request.recipe, [*request.overrides, *settings]).config
+    fitted = {
+        settings: with_whole_heads(
+            load_recipe(request.recipe, [*request.overrides, *settings]).config, request.widths
+        )
         for settings in request.grid
     }
+    configs = {settings: config for settings, (config, _) in fitted.items()}
+    notes = tuple(dict.fromkeys(note for _, note in fitted.values() if note))
     base = next(iter(configs.values())).mup.base_width
     base_width = request.base_width or base or request.widths[0]
     texts = {key: list_inputs(config.data).folder.name for key, config in configs.items()}
-    space = Space(request, configs, base_width, code_version(), device, texts)
+    space = Space(request, configs, base_width, code_version(), device, texts, notes)
     problems: list[str] = []
     for settings in request.grid:
         for parametrisation in request.parametrisations:

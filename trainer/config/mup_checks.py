@@ -18,10 +18,10 @@ def mup_has_its_base(config: RunConfig) -> str | None:
             "mup.enabled=true: needs the width whose settings are carried over, at which nothing "
             f"changes; type mup.base_width={config.model.width} to begin with this one"
         )
-    from interlace.trainer.mup.widths import at_width
+    from interlace.trainer.mup.widths import at_width, with_whole_heads
 
     try:
-        at_width(config, mup.base_width)
+        at_width(with_whole_heads(config, [mup.base_width])[0], mup.base_width)
     except ConfigError as error:
         return f"mup.base_width={mup.base_width}: {error.problems[0]}"
     return None

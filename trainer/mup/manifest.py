@@ -30,7 +30,7 @@ from interlace.trainer.models.model import MIXER_PARAMETER, Model
 from interlace.trainer.models.registry import Fused, Role, RowBlocks, mixer_class
 from interlace.trainer.models.shapes import head_width
 from interlace.trainer.mup.scaling import Factors, Growth, Part, factors
-from interlace.trainer.mup.widths import at_width
+from interlace.trainer.mup.widths import at_width, with_whole_heads
 from interlace.trainer.objectives import objective_of
 from interlace.trainer.rules import rule_of
 
@@ -163,13 +163,17 @@ def manifest_of(config: RunConfig, vocabulary_size: int) -> Manifest:
     model = skeleton(config, vocabulary_size)
     base_width = config.mup.base_width
     assert base_width is not None, "checked with the recipe"
-    base = at_width(config, base_width)
     parts = parts_of(config, vocabulary_size, model)
+    # How many heads share a width is no matter of growth: where the base width holds no whole ones,
+    # all widths are compared with narrower heads.
+    alike, _ = with_whole_heads(config, [base_width, 2 * base_width])
+    grown = parts if alike is config else parts_of(alike, vocabulary_size)
+    base = at_width(alike, base_width)
     at_base = parts_of(base, vocabulary_size)
-    doubled = parts_of(at_width(config, 2 * base_width), vocabulary_size)
+    doubled = parts_of(at_width(alike, 2 * base_width), vocabulary_size)
     scale_free = is_scale_free(config)
     entries = [
-        entry_of(config, each, at_base[title], doubled[title], scale_free)
+        entry_of(config, each, ratios(grown[title], at_base[title], doubled[title]), scale_free)
         for title, each in parts.items()
     ]
     divided = (each.name for each in parts.values() if each.divided)
@@ -268,23 +272,28 @@ def row_shapes(shape: tuple[int, ...], blocks: RowBlocks) -> Iterator[tuple[str,
         yield name, (rows, *shape[1:])
 
 
+def ratios(piece: Piece, base: Piece, doubled: Piece) -> tuple[float | None, float | None]:
+    """Return the growth of fan-in and fan-out of one piece, given the same at the base width and at
+    twice that; None for a side that does not grow.
+    """
+    sides = zip(piece.sides, base.sides, doubled.sides, strict=True)
+    fan_in, fan_out = (here / one if two != one else None for here, one, two in sides)
+    return fan_in, fan_out
+
+
 def entry_of(
-    config: RunConfig, piece: Piece, base: Piece, doubled: Piece, scale_free: bool
+    config: RunConfig, piece: Piece, grown: tuple[float | None, float | None], scale_free: bool
 ) -> Entry:
-    """Return the entry of one piece, given the same piece at the base width and at twice that."""
+    """Return the entry of one piece, given the growth of its sides."""
     mup = config.mup
-    grows = [two != one for one, two in zip(base.sides, doubled.sides, strict=True)]
-    ratios = [
-        here / there if growing else 1.0
-        for here, there, growing in zip(piece.sides, base.sides, grows, strict=True)
-    ]
-    part = part_of(*grows)
+    part = part_of(*(side is not None for side in grown))
+    fan_in, fan_out = (1.0 if side is None else side for side in grown)
     in_block = piece.name.startswith(("layers.", "modulations.")) and mup.base_layers is not None
     depth = config.model.layers / mup.base_layers if in_block and mup.base_layers else 1.0
     growth = Growth(
         part=part,
-        fan_in=ratios[0],
-        fan_out=ratios[1],
+        fan_in=fan_in,
+        fan_out=fan_out,
         depth=depth,
         divided=piece.divided and part == "readout",
         spread_falls=piece.spread_falls,
@@ -297,7 +306,7 @@ def entry_of(
     if (mup.zero_readout and growth.divided) or (mup.zero_query and is_query(piece.name)):
         initial = 0.0
     scaled = Factors(**(asdict(found) | {"initial": initial}))
-    return Entry(piece.name, piece.rows, piece.shape, part, ratios[0], ratios[1], scaled)
+    return Entry(piece.name, piece.rows, piece.shape, part, fan_in, fan_out, scaled)
 
 
 def left_out(config: RunConfig, scale_free: bool) -> Sequence[Rule]:

@@ -19,9 +19,10 @@ WRONG: dict[tuple[str, ...], str] = {
         "mup.enabled=true: needs the width whose settings are carried over, at which nothing "
         "changes; type mup.base_width=256 to begin with this one"
     ),
-    ("mup.enabled=true", "mup.base_width=96"): (
-        "mup.base_width=96: model.heads=4: at width 96 in place of model.width=256 there would be "
-        "1.5 of them; type model.heads=16 model.kv_heads=8, or mup.grows=head_width"
+    ("mup.enabled=true", "mup.base_width=30"): (
+        "mup.base_width=30: model.heads=4: at width 30 in place of model.width=256 there would be "
+        "0.46875 of them; type a model.width and widths that are multiples of each other, or "
+        "mup.grows=head_width"
     ),
     (*ON, "optimizer.rule=clipped_sgd", "mup.without=['threshold']"): FIXED,
     (*ON, "coordinate_clip.stage=gradient", "mup.without=['threshold']"): FIXED,
@@ -49,8 +50,8 @@ def test_a_wrong_table_is_refused_with_what_to_type(words: tuple[str, ...]) -> N
     "words",
     [
         ("mup.enabled=true", "mup.base_width=256"),
-        ("mup.enabled=true", "mup.base_width=96", "model.heads=16", "model.kv_heads=8"),
-        ("mup.enabled=true", "mup.base_width=96", "mup.grows=head_width"),
+        ("mup.enabled=true", "mup.base_width=96"),
+        ("mup.enabled=true", "mup.base_width=30", "mup.grows=head_width"),
         (
             *ON,
             "optimizer.rule=clipped_sgd",

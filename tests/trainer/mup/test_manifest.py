@@ -380,3 +380,21 @@ def test_a_rule_that_does_not_say_whether_it_is_scale_free_is_refused(
         "which decides how muP's learning rates follow the width; give the rule "
         "`scale_free = True` (as Adam's) or False (as that of gradient descent)"
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "few", "many"),
+    [
+        ("transformer", {"heads": 2, "kv_heads": 2}, {"heads": 16, "kv_heads": 16}),
+        ("hybrid", {"mamba_head_width": 128}, {"mamba_head_width": 8}),
+    ],
+)
+def test_how_many_heads_share_a_width_does_not_change_its_growth(
+    family: str, few: dict[str, int], many: dict[str, int]
+) -> None:
+    # At the base width, a quarter, there would be half a head of those few.
+    ours, theirs = (manifest_of(recipe(family, model=shape), 257) for shape in (few, many))
+    assert [each.title for each in ours.entries] == [each.title for each in theirs.entries]
+    for one, other in zip(ours.entries, theirs.entries, strict=True):
+        assert one.factors == other.factors, one.title
+    assert ours.multipliers == theirs.multipliers

@@ -31,8 +31,8 @@ HIDDEN: Mapping[tuple[Statistic, Phase], Bounds] = {
     ("change", "late"): (-0.35, 0.35),
     ("gradient", "start"): (-math.inf, 0.5),
     ("gradient", "late"): (-0.6, 0.6),
-    ("update", "start"): (-0.25, 0.25),
-    ("update", "late"): (-0.3, 0.3),
+    ("update", "start"): (-math.inf, 0.25),
+    ("update", "late"): (-0.6, 0.3),
     ("clipped", "start"): (-math.inf, 0.5),
     ("clipped", "late"): (-0.5, 0.5),
 }
@@ -56,9 +56,13 @@ BEHIND: Mapping[tuple[Statistic, Phase], Bounds] = {
     ("size", "start"): (-math.inf, 0.25),
     ("change", "late"): (-math.inf, 0.35),
 }
-"""The same of what has no side that grows, and of what an objective tells of itself (the gradient of
-an energy): they are fed with outputs.
-"""
+"""The same of what has no side that grows: it is fed with outputs."""
+
+REPORTED: Mapping[tuple[Statistic, Phase], Bounds] = {
+    ("size", "start"): (-math.inf, 0.5),
+    ("size", "late"): (-math.inf, 0.6),
+}
+"""The same of what an objective tells of itself: the gradient of an energy."""
 
 CAUSES: Sequence[tuple[Phase, Sequence[Statistic]]] = (
     ("start", ("size", "gradient", "clipped", "update")),
@@ -192,7 +196,7 @@ def bounds_of(key: Key, roles: Mapping[str, str], phase: Phase) -> Bounds | None
     role = roles.get(key.title) or roles.get(weight_of(key.title), "hidden")
     table = {"readout": OUTPUT, "finite": BEHIND}.get(role, HIDDEN)
     if key.title.startswith(OBJECTIVE):
-        table = BEHIND
+        table = REPORTED
     return table.get((key.statistic, phase))
 
 
