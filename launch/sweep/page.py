@@ -14,6 +14,7 @@ from interlace.trainer.mup.transfer import (
     Regret,
     Transfer,
     Valley,
+    transferred_rate,
 )
 
 NAMES = {"mup": "muP", "standard": "standard parametrisation"}
@@ -56,7 +57,7 @@ def family_page(each: Judged) -> str:
 
 def optimum_table(valleys: Sequence[Valley], transfer: Transfer) -> list[str]:
     """Return one line per width: optimum, interval, loss, and what transferring costs."""
-    taken = transfer.optima[0].lowest
+    taken = transferred_rate(valleys[0].means)
     at = power(taken) if taken is not None else "none"
     clipped = any(optimum.clip_fraction is not None for optimum in transfer.optima)
     head = ["width", "best lr", "95% over seeds", "loss", "± seeds", f"loss at {at}", "regret"]

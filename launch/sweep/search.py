@@ -18,7 +18,7 @@ from statistics import fmean
 
 from interlace.launch.sweep.request import Ladder, Parametrisation, Request
 from interlace.launch.sweep.trials import Trial
-from interlace.trainer.mup.transfer import in_valley, lowest_point
+from interlace.trainer.mup.transfer import in_valley, lowest_point, transferred_rate
 
 SIDE_POINTS = 2
 """Points on each side of the lowest one that a vertex is fitted through."""
@@ -96,7 +96,8 @@ def lines_of(
         if lowest is None:
             start = set(ladder.grid)
             continue
-        taken = lowest if taken is None and width == request.widths[0] else taken
+        if taken is None and width == request.widths[0]:
+            taken = transferred_rate(finished(line.means))
         start = around(lowest, ladder) | ({taken} if taken is not None else set())
 
 
@@ -159,7 +160,12 @@ def around(lowest: float, ladder: Ladder) -> set[float]:
 
 def lowest_of(means: Mapping[float, float]) -> float | None:
     """Return the point of the lowest loss; None if all diverged or crashed."""
-    return lowest_point({point: mean for point, mean in means.items() if not math.isnan(mean)})
+    return lowest_point(finished(means))
+
+
+def finished(means: Mapping[float, float]) -> dict[float, float]:
+    """Return the points that did not crash."""
+    return {point: mean for point, mean in means.items() if not math.isnan(mean)}
 
 
 def trials_of(line: Line, seeds: Sequence[int]) -> list[Trial]:

@@ -164,6 +164,17 @@ def lowest_point(means: Mapping[float, float]) -> float | None:
     return min(finite)[1] if finite else None
 
 
+def transferred_rate(means: Mapping[float, float]) -> float | None:
+    """Return the learning rate (log2) that a width hands on: of those that were measured the
+    nearest to its vertex, which all points of the valley have a say in; the lowest point where
+    there is no vertex.
+    """
+    at, lowest = vertex(means), lowest_point(means)
+    if at is None:
+        return lowest
+    return min(sorted(means), key=lambda rate: abs(rate - at))
+
+
 def in_valley(loss: float, lowest: float) -> bool:
     """Whether a loss is low enough to tell where the optimum is."""
     return math.isfinite(loss) and loss <= lowest + VALLEY * abs(lowest)
@@ -289,14 +300,14 @@ def judge(valleys: Sequence[Valley], seed: int = 0) -> Transfer:
         if all(len(next(iter(valley.losses.values()))) > 1 for valley in ordered):
             draws = zip(*(resampled_vertices(valley, seed) for valley in ordered), strict=True)
             low, high = interval([slope(widths, draw) for draw in draws])
-    return Transfer(optima, drift, low, high, regrets_of(ordered, optima), better(ordered, optima))
+    return Transfer(optima, drift, low, high, regrets_of(ordered, optima), better(ordered))
 
 
 def regrets_of(valleys: Sequence[Valley], optima: Sequence[Optimum]) -> tuple[Regret, ...]:
-    """Return what the narrowest model's best measured learning rate costs at every wider one where
-    it was tried.
+    """Return what the narrowest model's learning rate costs at every wider one where it was
+    tried.
     """
-    taken = optima[0].lowest
+    taken = transferred_rate(valleys[0].means)
     if taken is None:
         return ()
     found: list[Regret] = []
@@ -310,12 +321,12 @@ def regrets_of(valleys: Sequence[Valley], optima: Sequence[Optimum]) -> tuple[Re
     return tuple(found)
 
 
-def better(valleys: Sequence[Valley], optima: Sequence[Optimum]) -> bool | None:
-    """Whether every wider model has a lower loss at the narrowest one's best learning rate; None
-    where that is not known.
+def better(valleys: Sequence[Valley]) -> bool | None:
+    """Whether every wider model has a lower loss at the narrowest one's learning rate; None where
+    that is not known.
     """
-    taken = optima[0].lowest
-    if taken is None or len(valleys) < 2:
+    taken = transferred_rate(valleys[0].means) if len(valleys) > 1 else None
+    if taken is None:
         return None
     losses = [valley.means.get(taken, math.nan) for valley in valleys]
     if any(math.isnan(loss) for loss in losses):

@@ -15,6 +15,7 @@ from interlace.trainer.mup.transfer import (
     optimum_of,
     parabola_vertex,
     slope,
+    transferred_rate,
     vertex,
 )
 
@@ -182,3 +183,12 @@ def test_all_diverged_is_no_optimum_and_no_verdict() -> None:
     found = judge([valley(32, bowl(-6.0), (0.0, 0.1)), lost])
     assert found.optima[1].lowest is None and found.optima[1].loss == math.inf
     assert not found.bracketed and not found.passes and found.regrets == ()
+
+
+def test_what_is_handed_on_is_the_measured_rate_nearest_to_the_vertex() -> None:
+    # The lowest point is at -7 by a hair; the valley lies nearer to -6.
+    means = {-9.0: 3.0, -8.0: 2.61, -7.0: 2.499, -6.0: 2.5, -5.0: 2.52, -4.0: 2.8}
+    assert min(means, key=means.__getitem__) == -7.0
+    assert transferred_rate(means) == -6.0
+    assert transferred_rate({-3.0: 2.0, -2.0: 2.5, -1.0: 3.0}) == -3.0
+    assert transferred_rate({-3.0: math.inf}) is None
