@@ -7,7 +7,7 @@ GPU_INSTALLED = $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/installed-dev
 WITHIN := PYTHONPATH=$(CURDIR) timeout
 SOURCES := kernels offload trainer launch benchmarks tests
 
-.PHONY: train test test-long lint types bench gpu gpu-training clean
+.PHONY: train test test-long lint types bench bench-transfer gpu gpu-training clean
 
 train: $(VENV)/installed
 	$(BIN)/interlace train quickstart
@@ -35,6 +35,12 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/ssd.py
 	$(BIN)/python benchmarks/step_ops.py
 	$(BIN)/python benchmarks/recall.py
+
+# muP and update rules: an hour of one core, less on several.
+bench-transfer: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/coordinate_check.py
+	$(BIN)/python benchmarks/transfer.py
+	$(BIN)/python benchmarks/optimizers.py
 
 # Kernels, in nine minutes: each part has the seconds in front of it, and none stops the others.
 # Where the packages are there already:  make gpu GPU_PYTHON=python3
