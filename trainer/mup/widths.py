@@ -68,49 +68,59 @@ def scaled_heads(model: ModelSection, width: int) -> tuple[int, int]:
     pair of key and value for all queries stays one; more keep their share.
 
     Raises:
-        ConfigError: They would not be whole.
+        ConfigError: They would not be whole, or too few to tell how many queries share a pair.
     """
+    served = kv_heads(model)
     if holds_whole_heads(model, width):
-        served = kv_heads(model)
-        heads = model.heads * width // model.width
-        return heads, served if served == 1 else served * width // model.width
-    key, value = ("heads", model.heads)
-    if model.heads * width % model.width == 0:
-        key, value = ("kv_heads", kv_heads(model))
+        shared = served == 1 < model.heads
+        return model.heads * width // model.width, 1 if shared else served * width // model.width
     found = finer_heads(model, [width])
     remedy = "a model.width and widths that are multiples of each other"
     if found is not None:
         remedy = f"model.heads={found.heads}"
-        remedy += "" if model.kv_heads in (None, 1) else f" model.kv_heads={found.kv_heads}"
+        same = model.kv_heads is None or found.kv_heads == model.kv_heads
+        remedy += "" if same else f" model.kv_heads={found.kv_heads}"
         remedy += "" if model.head_width is None else f" model.head_width={found.head_width}"
+    key, value = ("heads", model.heads)
+    if model.heads * width % model.width == 0 and served > 1:
+        key, value = ("kv_heads", served)
+    count = value * width / model.width
+    # Of one head, or one pair of several, it could not be told what it becomes in a wider model.
+    few = ", which reads as one for all queries" if count == 1 else ""
     raise ConfigError(
         [
             f"model.{key}={value}: at width {width} in place of model.width={model.width} there "
-            f"would be {value * width / model.width:g} of them; type {remedy}, or "
-            "mup.grows=head_width"
+            f"would be {count:g} of them{few}; type {remedy}, or mup.grows=head_width"
         ]
     )
 
 
 def holds_whole_heads(model: ModelSection, width: int) -> bool:
-    """Whether another width holds whole heads of the recipe's head width."""
-    counts = [model.heads] if kv_heads(model) == 1 else [model.heads, kv_heads(model)]
-    return all(count * width % model.width == 0 and count * width > 0 for count in counts)
+    """Whether another width holds whole heads of the recipe's head width, and queries share keys
+    there as they do here: all one pair, some of them one, or each its own.
+    """
+    served = kv_heads(model)
+    counts = [model.heads] if served in (1, model.heads) else [model.heads, served]
+    least = 1 if served == model.heads else 2
+    return all(
+        count * width % model.width == 0 and count * width // model.width >= least
+        for count in counts
+    )
 
 
 def finer_heads(model: ModelSection, widths: Sequence[int]) -> ModelSection | None:
     """Return the same model with the fewest more and narrower heads that all widths hold whole
     numbers of; None if there is no such model.
     """
+    served = kv_heads(model)
     for split in range(1, head_width(model) // 2 + 1):
         width, rest = divmod(head_width(model), split)
         if rest or width % 2:
             continue
-        several = kv_heads(model) > 1
         finer = model.model_copy(
             update={
                 "heads": model.heads * split,
-                "kv_heads": kv_heads(model) * split if several else model.kv_heads,
+                "kv_heads": served if served == 1 < model.heads else served * split,
                 "head_width": width,
             }
         )

@@ -398,3 +398,14 @@ def test_how_many_heads_share_a_width_does_not_change_its_growth(
     for one, other in zip(ours.entries, theirs.entries, strict=True):
         assert one.factors == other.factors, one.title
     assert ours.multipliers == theirs.multipliers
+
+
+def test_keys_of_a_model_with_a_single_head_are_no_outputs() -> None:
+    single = recipe(model={"width": 16, "heads": 1, "kv_heads": 1}, mup={"base_width": 64})
+    entry = manifest_of(single, VOCABULARY).by_name["layers.0.blocks.0.mixer.key.weight"][0]
+    assert (entry.role, entry.fan_in, entry.fan_out, entry.factors.initial) == (
+        "hidden",
+        0.25,
+        0.25,
+        1.0,
+    )

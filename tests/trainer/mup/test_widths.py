@@ -28,6 +28,29 @@ def test_one_head_of_keys_stays_one() -> None:
     assert kv_heads(at_width(recipe("one key head"), 64).model) == 1
 
 
+@pytest.mark.parametrize("given", [None, 1])
+def test_a_single_head_grows_with_its_keys(given: int | None) -> None:
+    single = recipe(model={"heads": 1, "kv_heads": given}, mup={"base_width": 128})
+    model = at_width(single, 512).model
+    assert (model.heads, kv_heads(model)) == (4, 4)
+    narrow = at_width(recipe(model={"heads": 2, "kv_heads": 2}, mup={"base_width": 128}), 64)
+    assert at_width(narrow, 256).model.kv_heads == 4
+
+
+def test_queries_share_keys_at_every_width_as_they_do_here() -> None:
+    grouped = recipe(model={"heads": 8, "kv_heads": 2}, mup={"base_width": 128})
+    assert message(grouped, 64) == (
+        "model.kv_heads=2: at width 64 in place of model.width=128 there would be 1 of them, which "
+        "reads as one for all queries; type model.heads=16 model.kv_heads=4, or "
+        "mup.grows=head_width"
+    )
+    shared = recipe(model={"heads": 2, "kv_heads": 1}, mup={"base_width": 128})
+    assert message(shared, 64) == (
+        "model.heads=2: at width 64 in place of model.width=128 there would be 1 of them, which "
+        "reads as one for all queries; type model.heads=4, or mup.grows=head_width"
+    )
+
+
 def test_heads_keep_their_number_and_widen_where_the_recipe_says_so() -> None:
     model = at_width(recipe("wide heads"), 512).model
     assert (model.heads, head_width(model)) == (4, 128)
@@ -69,10 +92,10 @@ def test_widths_without_whole_keys_name_the_keys() -> None:
     config = recipe(model={"kv_heads": 2}, mup={"base_width": 64})
     assert message(config, 32) == (
         "model.kv_heads=2: at width 32 in place of model.width=128 there would be 0.5 of them; "
-        "type model.heads=32 model.kv_heads=4, or mup.grows=head_width"
+        "type model.heads=64 model.kv_heads=8, or mup.grows=head_width"
     )
     given = recipe(model={"heads": 8, "head_width": 16, "kv_heads": 2}, mup={"base_width": 64})
-    assert "type model.heads=16 model.kv_heads=4 model.head_width=8, or" in message(given, 32)
+    assert "type model.heads=32 model.kv_heads=8 model.head_width=4, or" in message(given, 32)
 
 
 def test_widths_that_no_split_of_heads_fits_are_refused_with_multiples() -> None:
@@ -101,10 +124,10 @@ def test_heads_of_mamba_that_do_not_divide_the_channels_are_named() -> None:
 def test_heads_are_split_until_all_widths_hold_whole_ones_and_it_is_said() -> None:
     config = recipe(model={"heads": 4, "kv_heads": 2}, mup={"base_width": 128})
     finer, note = with_whole_heads(config, [32, 64, 256])
-    assert note == "attention has heads of 16, not 32, so that all widths hold whole ones"
-    assert (finer.model.heads, finer.model.kv_heads, head_width(finer.model)) == (8, 4, 16)
-    assert at_width(finer, 32).model.kv_heads == 1
-    assert with_whole_heads(config, [64, 128]) == (config, None)
+    assert note == "attention has heads of 8, not 32, so that all widths hold whole ones"
+    assert (finer.model.heads, finer.model.kv_heads, head_width(finer.model)) == (16, 8, 8)
+    assert at_width(finer, 32).model.kv_heads == 2
+    assert with_whole_heads(finer, [32, 64, 256]) == (finer, None)
 
 
 def test_heads_of_both_kinds_are_split_together() -> None:
