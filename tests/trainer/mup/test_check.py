@@ -159,6 +159,31 @@ def test_without_a_rule_the_module_at_fault_is_named(
     assert checked(name, rule, (without,)).at_fault == module
 
 
+def request_of(lr: float) -> Request:
+    return Request(widths=WIDTHS, seeds=1, steps=4, tokens=64, lr=lr, base_width=WIDTHS[0])
+
+
+@pytest.mark.parametrize("rule", LR)
+def test_a_step_that_is_not_finite_fails_the_check_also_where_gradients_are_guarded(
+    rule: str,
+) -> None:
+    found = check(recipe("quickstart", rule), request_of(1e30), lambda done, total: None)
+    assert found.verdict.ended_early == WIDTHS
+    assert not found.verdict.passes
+
+
+@pytest.mark.parametrize("stage", ["gradient", "update"])
+def test_shares_of_clipped_coordinates_are_of_gradients_where_these_are_clipped(
+    stage: str,
+) -> None:
+    config = recipe("quickstart", "adamw")
+    clip = config.coordinate_clip.model_copy(update={"stage": stage})
+    asked = config.model_copy(update={"coordinate_clip": clip})
+    found = check(asked, request_of(0.01), lambda done, total: None)
+    seen = {slope.statistic for slope in found.verdict.slopes}
+    assert ("clipped" in seen) == (stage == "gradient")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("rule", LR)
 @pytest.mark.parametrize("name", ["quickstart_hybrid", "quickstart_moe", "quickstart_ebt"])

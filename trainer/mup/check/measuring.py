@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from interlace.offload.hardware import profile_hardware
 from interlace.offload.optimizer import OffloadedOptimizer
-from interlace.offload.step import NonFiniteGradient
 from interlace.trainer.assembly import build_model
 from interlace.trainer.batches import Batch, StepBatches
+from interlace.trainer.config.clip_checks import clip_stage
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.data.rows import TrainingRows, ValidationRows
 from interlace.trainer.data.shards import PreparedCorpus
@@ -202,6 +202,8 @@ def measure(trial: Trial) -> Series:
             for _ in range(trial.steps):
                 loss = objective.loss(model, batch)
                 loss.objective.backward()
+                if not is_finite(loss.objective, optimizer):
+                    break
                 activations.end_step(series)
                 for name in REPORTED:
                     if name in loss.details:
@@ -211,11 +213,15 @@ def measure(trial: Trial) -> Series:
                 optimizer.step()
                 optimizer.zero_grad()
                 weights.note_updates(series)
-    except NonFiniteGradient:
-        pass
     finally:
         optimizer.close()
     return series
+
+
+def is_finite(loss: torch.Tensor, optimizer: OffloadedOptimizer) -> bool:
+    """Whether the loss and all gradients are finite; a rule that clips coordinates would go on."""
+    values = [loss, *(gradient for _, gradient in optimizer.gradients())]
+    return all(bool(value.isfinite().all()) for value in values)
 
 
 def first_batch(recipe: RunConfig, corpus: PreparedCorpus, plan: Plan, world: World) -> Batch:
@@ -246,8 +252,9 @@ class Weights:
         self.parameters = dict(model.named_parameters())
         self.optimizer, self.wanted = optimizer, wanted
         self.scale_free = is_scale_free(recipe)
-        fixed = recipe.coordinate_clip.policy == "fixed"
-        threshold = optimizer.rule.hyperparameters().get("threshold") if fixed else None
+        # What a threshold on updates cuts is not seen in gradients.
+        seen = recipe.coordinate_clip.policy == "fixed" and clip_stage(recipe) == "gradient"
+        threshold = optimizer.rule.hyperparameters().get("threshold") if seen else None
         factors = {entry.title: entry.factors.threshold for entry in manifest.entries}
         # A recipe without a rule for rows, or without muP, has one threshold for a whole tensor.
         self.thresholds = {
