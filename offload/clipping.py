@@ -84,14 +84,16 @@ class Clipping:
         return quantile_of(total[:BINS], self.clip.share, int(total[BINS]))
 
     def finish(self, groups: Groups) -> None:
-        """Read what the updates of the last step found; no work is under way any more. Where
+        """Read what the updates of the last step found, once; no work is under way any more. Where
         thresholds are lagged every rank must call it, at the same point of its work.
         """
-        works, self.open = self.open, []
-        due, self.due = self.due, False
+        if not self.due:
+            # Updates during backward belong to a step that goes on: they are read with the rest.
+            return
+        works, self.open, self.due = self.open, [], False
         if works:
             self.counts = counts_of([w.findings for w in works if w.findings is not None])
-        if due and self.clip is not None and self.clip.policy == "lagged_quantile":
+        if self.clip is not None and self.clip.policy == "lagged_quantile":
             self.learn(groups, works)
 
     def learn(self, groups: Groups, works: Sequence[Work]) -> None:

@@ -163,8 +163,6 @@ class Executor:
                 tickets = [self.on_device(work, subgroup.slabs, (self.lanes.current_work(),))]
                 subgroup.weights_ready = tickets[0]
         subgroup.updating = tickets
-        for member in work.arrived:
-            member.arriving = None
 
     def on_host(self, work: Work) -> list[Ticket]:
         """Update on the CPU, then copy the weights up."""

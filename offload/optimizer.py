@@ -335,7 +335,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             for subgroup in self.subgroups:
                 if subgroup not in self._step.launched:
                     self._launch(subgroup, factor, threshold)
-            self._step = self._roster.next_step()
+            self._step = self._roster.next_step(self._step.launched)
             self._clipping.due = True
             if not self._waits_in_forward:
                 with self._health.watched():

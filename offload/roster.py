@@ -137,14 +137,21 @@ class Roster:
             for member in subgroup.members:
                 member.arriving = None
 
-    def next_step(self) -> OpenStep:
-        """Return a new step; the next gradient of every parameter is its first."""
-        for _, member in self.members.values():
+    def next_step(self, launched: Collection[SubgroupState] = ()) -> OpenStep:
+        """Return a new step; the next gradient of every parameter is its first.
+
+        Args:
+            launched: Subgroups whose update waits for their gradients, so that nobody else needs to
+                know when these are there.
+        """
+        for subgroup, member in self.members.values():
+            used = member.arrivals > 0 and subgroup in launched
+            # A copy that failed once is no reason to fail for ever.
+            failed = member.arriving is not None and member.arriving.error is not None
+            if used or failed:
+                member.arriving = None
             member.arrivals = 0
             member.square = None
-            if member.arriving is not None and member.arriving.error is not None:
-                # A copy that failed once is no reason to fail for ever.
-                member.arriving = None
         return OpenStep()
 
     def name_of(self, parameter: torch.Tensor, groups: Sequence[dict[str, Any]]) -> str:

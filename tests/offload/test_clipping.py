@@ -19,6 +19,7 @@ from interlace.kernels.update import SGD, AdamW, CoordinateClip, Signum, UpdateR
 from interlace.offload import optimizer as optimizer_module
 from interlace.offload.clipping import mean_fraction
 from interlace.offload.hardware import HardwareProfile
+from interlace.offload.lanes import Throttle
 from interlace.offload.optimizer import NonFiniteGradient, OffloadedOptimizer
 from interlace.offload.options import OffloadOptions
 from interlace.offload.schedule import Home, MemoryBudget
@@ -214,6 +215,31 @@ def test_a_guard_waits_for_no_norm_and_looks_at_no_gradient(
         optimizer.close()
 
 
+def test_the_norm_is_that_of_whole_gradients_while_their_updates_are_under_way() -> None:
+    norms: list[list[float]] = []
+    # The second adds up so slowly that gradients are asked for before they are there.
+    for overlap, throttle in (("none", None), ("backward", Throttle(cpu_bytes_per_second=1e5))):
+        model = Toy(torch.float32)
+        optimizer = OffloadedOptimizer(
+            model.parameters(),
+            FIXED,
+            strategy="host",
+            budget=MemoryBudget(10**9, 10**9),
+            overlap=overlap,
+            options=OffloadOptions(
+                subgroup_elements=1, accumulation_steps=2, throttle=throttle, cpu_threads=1
+            ),
+        )
+        norms.append([])
+        for step in range(2):
+            for micro in range(2):
+                model(0.5 * step - micro).backward()
+            norms[-1].append(optimizer.gradient_norm())
+            optimizer.step()
+        optimizer.close()
+    assert norms[0] == norms[1]
+
+
 def test_with_a_norm_to_clip_by_a_bad_gradient_still_stops_the_step(
     profile: HardwareProfile,
 ) -> None:
@@ -286,6 +312,26 @@ def test_the_first_gradient_is_only_measured_and_one_of_zeros_changes_no_thresho
     assert moves[:2] == [0.0, 0.0]
     assert moves[2:] == pytest.approx([thresholds[1], 0.0, min(100.0, thresholds[3])])
     optimizer.close()
+
+
+def test_who_reads_the_state_during_a_step_does_not_take_its_thresholds_away(
+    profile: HardwareProfile,
+) -> None:
+    learnt: list[list[float]] = []
+    for reads in (False, True):
+        case = Case(rule=LAGGED, strategy="host", overlap="backward", subgroup_elements=1)
+        model, optimizer = open_case(case, profile)
+        for step in range(3):
+            model(0.5 * step).backward()
+            if reads:
+                optimizer.state_dict()
+            optimizer.step()
+        optimizer.finish_step()
+        learnt.append([float(optimizer.state[p]["threshold"]) for p in model.parameters()])
+        assert all(share > 0.0 for share in optimizer.clip_fractions().values())
+        optimizer.close()
+    assert learnt[0] == learnt[1]
+    assert min(learnt[0]) > 0.0
 
 
 def test_rows_of_an_embedding_that_are_used_seldom_do_not_freeze() -> None:
