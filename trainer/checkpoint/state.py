@@ -358,12 +358,24 @@ def verify_needed(store: CheckpointStore, opened: OpenCheckpoint, state: Trainin
 def held(opened: OpenCheckpoint, state: TrainingState) -> dict[str, torch.Tensor]:
     """Return the tensors of the state that a checkpoint must hold: all but thresholds of clipping,
     which a run that clipped otherwise has none of, and which the next step learns anew.
+
+    Raises:
+        CheckpointError: It has not what the update rule remembers.
     """
-    return {
-        name: tensor
-        for name, tensor in state.tensors().items()
-        if name in opened.reader.index or not name.endswith(f".{THRESHOLD}")
-    }
+    tensors, index = state.tensors(), opened.reader.index
+    kept: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition(".")
+        updated = name not in index and f"{owner}.step" in index
+        if updated and key in state.optimizer.rule.moments:
+            raise CheckpointError(
+                f"tensor {name}: missing from the checkpoint, which was saved with another "
+                "optimizer.rule, or with optimizer.beta1=0, which remembers no momentum; restore "
+                "these settings, or start a new run with another run.dir"
+            )
+        if not (updated and key == THRESHOLD):
+            kept[name] = tensor
+    return kept
 
 
 def restore(opened: OpenCheckpoint, state: TrainingState) -> None:
