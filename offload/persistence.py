@@ -76,6 +76,12 @@ def check_settings(rule: UpdateRule, group: Mapping[str, Any]) -> None:
                 f"the state dict was trained with {name}={group[name]}, which the rule {rule.name} "
                 f"does not know: it updates as with {name}={value}"
             )
+    if group.get("momentum") and "momentum" in rule.hyperparameters() and not rule.moments:
+        raise ValueError(
+            f"the state dict was trained with momentum={group['momentum']}, and the rule "
+            f"{rule.name} was made with momentum=0.0 and keeps no buffer for it; make it with "
+            f"momentum={group['momentum']}"
+        )
 
 
 def check_saved(

@@ -415,6 +415,15 @@ def test_thresholds_of_other_row_blocks_are_refused() -> None:
     optimizer.close()
 
 
+def test_momentum_that_there_is_no_buffer_for_is_refused_before_an_update() -> None:
+    first, second = pulled(Pulled(4), LAGGED), pulled(Pulled(4), RULES["no momentum"])
+    with pytest.raises(ValueError, match=r"momentum=0\.9, and .* make it with momentum=0\.9"):
+        second.load_state_dict(first.state_dict())
+    assert second.param_groups[0]["momentum"] == 0.0
+    first.close()
+    second.close()
+
+
 @pytest.mark.parametrize("homes", [(Home.HOST,), (Home.STAGED,), (Home.RESIDENT,), EVERY_HOME])
 def test_what_was_clipped_is_counted_for_every_parameter(
     homes: Sequence[Home], profile: HardwareProfile
