@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
-from interlace.trainer.models.shapes import head_width, kv_heads, mamba_inner_width
+from interlace.trainer.models.shapes import head_width, kv_heads, mamba_heads, mamba_inner_width
 
 
 def at_width(config: RunConfig, width: int) -> RunConfig:
@@ -136,21 +136,28 @@ def holds_whole_mamba_heads(model: ModelSection) -> bool:
     return "M" not in model.pattern or (heads > 0 and not rest and heads % model.mamba_groups == 0)
 
 
-def finer_mamba_heads(model: ModelSection, widths: Sequence[int]) -> ModelSection:
-    """Return the same model with the widest heads of Mamba-2 that all widths hold whole numbers
-    of.
+def finer_mamba_heads(model: ModelSection, widths: Sequence[int], least: int = 1) -> ModelSection:
+    """Return the same model with the widest heads of Mamba-2 that all widths hold whole numbers of,
+    and `least` at the least, if that can be.
     """
     for width in range(model.mamba_head_width, 1, -1):
         finer = model.model_copy(update={"mamba_head_width": width})
         there = [finer.model_copy(update={"width": each}) for each in widths]
-        if all(holds_whole_mamba_heads(each) for each in there):
+        if all(holds_whole_mamba_heads(each) and mamba_heads(each) >= least for each in there):
             return finer
     return model.model_copy(update={"mamba_head_width": 1})
 
 
-def with_whole_heads(config: RunConfig, widths: Sequence[int]) -> tuple[RunConfig, str | None]:
+def with_whole_heads(
+    config: RunConfig, widths: Sequence[int], least: int = 1
+) -> tuple[RunConfig, str | None]:
     """Return a recipe whose heads all of these widths hold whole numbers of, split finer if need
     be, and a note about it for a person.
+
+    Args:
+        config: The recipe.
+        widths: Widths that it will be given.
+        least: Heads of Mamba-2 at the narrowest; what a single head does is not what many do.
 
     Raises:
         ConfigError: There is no such split.
@@ -165,7 +172,7 @@ def with_whole_heads(config: RunConfig, widths: Sequence[int]) -> tuple[RunConfi
             raise AssertionError("a width without whole heads is refused")
         notes.append(f"attention has heads of {head_width(finer)}, not {head_width(model)}")
         model = finer
-    finer = finer_mamba_heads(model, everywhere)
+    finer = finer_mamba_heads(model, everywhere, least) if "M" in model.pattern else model
     if finer.mamba_head_width != model.mamba_head_width:
         notes.append(f"Mamba-2 has heads of {finer.mamba_head_width}, not {model.mamba_head_width}")
         model = finer

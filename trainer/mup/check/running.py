@@ -11,6 +11,8 @@ from interlace.trainer.mup.check.verdict import Verdict, judge
 from interlace.trainer.mup.manifest import manifest_of
 from interlace.trainer.mup.widths import at_width, with_whole_heads
 
+LEAST_HEADS = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -64,7 +66,7 @@ def check(config: RunConfig, request: Request, progress: Callable[[int, int], No
     usual = MupSection(enabled=True, base_width=request.base_width)
     kept = config.mup.model_dump(exclude={"enabled", "base_width", "without"})
     wanted = usual.model_copy(update=kept)
-    small, note = with_whole_heads(made_small(config, request, wanted), request.widths)
+    small, note = with_whole_heads(made_small(config, request, wanted), request.widths, LEAST_HEADS)
     asked = {"without": list(request.without)} if request.without else {}
     trained = MupSection() if request.standard else wanted.model_copy(update=asked)
     corpus = checked_corpus(small)

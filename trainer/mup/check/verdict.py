@@ -1,7 +1,8 @@
 """Slopes over the width, what they may be, and which module is at fault.
 
 A size that goes as width**slope is fitted on logarithms. Where a rule is missing, slopes are off by
-a half or by one; the bounds lie between that and what chance and finite widths do. Outputs (head,
+a half or by one, and in the later steps by more; the bounds lie between that and what chance and
+finite widths do. Outputs (head,
 router, energy, the shared rows of a state space) have bounds of their own: what they start with at
 random must vanish against what they learn, so it falls with the root of the width, or is zero.
 
@@ -27,14 +28,14 @@ Bounds = tuple[float, float]
 
 HIDDEN: Mapping[tuple[Statistic, Phase], Bounds] = {
     ("size", "start"): (-0.25, 0.25),
-    ("size", "late"): (-0.3, 0.3),
-    ("change", "late"): (-0.35, 0.35),
+    ("size", "late"): (-0.5, 0.5),
+    ("change", "late"): (-0.5, 0.5),
     ("gradient", "start"): (-math.inf, 0.5),
-    ("gradient", "late"): (-math.inf, 0.6),
+    ("gradient", "late"): (-math.inf, 0.7),
     ("update", "start"): (-math.inf, 0.25),
-    ("update", "late"): (-math.inf, 0.3),
-    ("clipped", "start"): (-math.inf, 0.5),
-    ("clipped", "late"): (-0.5, 0.5),
+    ("update", "late"): (-math.inf, 0.5),
+    ("clipped", "start"): (-math.inf, 1.0),
+    ("clipped", "late"): (-1.0, 1.0),
 }
 """Lowest and highest slope of what is as large at every width. What learns too little in wide
 models is seen in its change; a gradient may fall for a while where it goes through an output.
@@ -42,21 +43,21 @@ models is seen in its change; a gradient may fall for a while where it goes thro
 
 OUTPUT: Mapping[tuple[Statistic, Phase], Bounds] = {
     ("size", "start"): (-math.inf, -0.25),
-    ("size", "late"): (-math.inf, 0.3),
-    ("change", "late"): (-0.75, 0.35),
+    ("size", "late"): (-math.inf, 0.5),
+    ("change", "late"): (-0.75, 0.5),
     ("gradient", "start"): (-math.inf, 0.5),
-    ("gradient", "late"): (-math.inf, 0.6),
+    ("gradient", "late"): (-math.inf, 0.7),
     ("update", "start"): (-math.inf, 0.25),
-    ("update", "late"): (-math.inf, 0.3),
-    ("clipped", "start"): (-math.inf, 0.5),
-    ("clipped", "late"): (-math.inf, 0.5),
+    ("update", "late"): (-math.inf, 0.5),
+    ("clipped", "start"): (-math.inf, 1.0),
+    ("clipped", "late"): (-math.inf, 1.0),
 }
 """The same of outputs, whose random part falls."""
 
 BEHIND: Mapping[tuple[Statistic, Phase], Bounds] = {
     **OUTPUT,
     ("size", "start"): (-math.inf, 0.25),
-    ("change", "late"): (-math.inf, 0.35),
+    ("change", "late"): (-math.inf, 0.5),
 }
 """The same of what has no side that grows: it is fed with outputs."""
 
