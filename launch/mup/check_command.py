@@ -87,7 +87,9 @@ def parse_widths(text: str | None, config: RunConfig) -> list[int]:
     """
     base = config.mup.base_width
     if text is None:
-        return [base * factor for factor in (1, 2, 4, 8)] if base else list(DEFAULT_WIDTHS)
+        # A proxy's base may be the width of the model that it stands for.
+        least = min(base, config.model.width) if base else 0
+        return [least * factor for factor in (1, 2, 4, 8)] if base else list(DEFAULT_WIDTHS)
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise ConfigError(

@@ -90,7 +90,7 @@ def add_check(views: AddParser) -> None:
         "--widths",
         metavar="A,B,C,D",
         help="at least 4, over at least 8 times (default: 1, 2, 4 and 8 times mup.base_width, or "
-        "32,64,128,256)",
+        "the recipe's own width where that is smaller; 32,64,128,256 without mup.base_width)",
     )
     numbers = (
         ("--seeds", 3, "seeds at every width"),

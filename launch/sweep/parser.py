@@ -15,7 +15,7 @@ the best is at an edge, the grid grows by itself. Wider ones need a few points a
 
 examples:
   interlace sweep quickstart --widths 64,128,256 --lr 2**-12:2**-4 --seeds 3
-  interlace sweep proxy --widths 32,64,128,256 --lr 2**-8:2**-4 --parametrisation both
+  interlace sweep proxy --widths 32,64,128,256 --lr 2**-11:2**-7 --parametrisation both
   interlace sweep mine.toml --widths 32,64,128 --lr 2**-10:2**-4:0.5     half octaves
   interlace sweep mine.toml --widths 32,64 --lr 0.001,0.002,0.004        a list
   interlace sweep mine.toml --widths 32,64 --lr 2**-9:2**-4 --grid optimizer.beta2=0.95,0.99

@@ -27,8 +27,17 @@ CHOICES: dict[str, tuple[Parametrisation, ...]] = {
 
 NUMBER = re.compile(r"(?:2\*\*(?P<power>[+-]?\d+(?:\.\d+)?)|(?P<plain>\d*\.?\d+(?:[eE][+-]?\d+)?))")
 LR_REMEDY = "type --lr 2**-12:2**-4, or a list as in --lr 0.001,0.002"
-SWEPT = ("model.width", "optimizer.peak_lr", "run.seed")
+SWEPT = {
+    "model.width": "--widths",
+    "optimizer.peak_lr": "--lr",
+    "run.seed": "--seeds",
+    "mup.enabled": "--parametrisation",
+    "mup.base_width": "--base-width",
+}
 """Settings that have a word of their own."""
+
+FARTHEST_OCTAVES = 64.0
+"""No learning rate is that far from 1."""
 
 
 @dataclass(frozen=True)
@@ -148,15 +157,17 @@ def read_widths(text: str, problems: list[str]) -> tuple[int, ...]:
 
 def read_log2(word: str) -> float | None:
     """Return log2 of a positive number, written plainly or as a power of two; None for anything
-    else.
+    else, and for what no learning rate can be.
     """
     match = NUMBER.fullmatch(word.strip())
     if match is None:
         return None
     if match["power"] is not None:
-        return float(match["power"])
-    value = float(match["plain"])
-    return math.log2(value) if 0 < value < math.inf else None
+        log2 = float(match["power"])
+    else:
+        value = float(match["plain"])
+        log2 = math.log2(value) if 0 < value < math.inf else math.inf
+    return log2 if abs(log2) <= FARTHEST_OCTAVES else None
 
 
 def read_ladder(text: str, problems: list[str]) -> Ladder | None:
@@ -199,9 +210,10 @@ def read_plain(word: str) -> float | None:
 
 def read_grid(words: list[str], problems: list[str]) -> tuple[tuple[str, ...], ...]:
     """Return every combination of further settings; one empty combination without any."""
-    axes: list[list[str]] = []
+    axes: dict[str, list[str]] = {}
     for word in words:
         key, equals, text = word.partition("=")
+        key = key.strip()
         values = split_values(text)
         if not equals or "." not in key or not all(values):
             problems.append(
@@ -210,10 +222,13 @@ def read_grid(words: list[str], problems: list[str]) -> tuple[tuple[str, ...], .
             )
             continue
         if key in SWEPT:
-            problems.append(f"--grid {word}: has a word of its own; use --widths, --lr or --seeds")
+            problems.append(f"--grid {word}: has a word of its own; use {SWEPT[key]}")
             continue
-        axes.append([f"{key}={value}" for value in values])
-    return tuple(product(*axes))
+        if key in axes:
+            problems.append(f"--grid {word}: is there twice; type all values of {key} in one list")
+            continue
+        axes[key] = [f"{key}={value}" for value in dict.fromkeys(values)]
+    return tuple(product(*axes.values()))
 
 
 def split_values(text: str) -> list[str]:

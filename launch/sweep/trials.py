@@ -112,6 +112,8 @@ class Space:
         tables["optimizer"] |= {"peak_lr": trial.lr}
         scaled = trial.parametrisation == "mup"
         tables["mup"] |= {"enabled": scaled, "base_width": self.base_width if scaled else None}
+        if not scaled:
+            tables["mup"] |= {"without": []}
         tables["checkpoint"] |= {"every_steps": 0}
         tables["observe"] |= {"sample_tokens": 0, "trace_steps": None}
         return validate(tables)

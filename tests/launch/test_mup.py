@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from interlace.launch.cli import main
+from interlace.launch.mup.check_command import parse_widths
 from interlace.trainer.config.load import load_recipe
 from interlace.trainer.models.language_model import LanguageModel
 from interlace.trainer.mup.manifest import manifest_of
@@ -149,6 +150,22 @@ def test_a_width_that_cannot_be_is_refused_in_words(capsys: Capture) -> None:
     assert "mup.base_width=96: model.heads=4: at width 96" in message
     assert main(["mup", "table", "quickstart", "--base-width", "0"]) == 2
     assert "mup.base_width=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "widths"),
+    [
+        ((), [32, 64, 128, 256]),
+        (("mup.base_width=64",), [64, 128, 256, 512]),
+        (("mup.base_width=1024",), [256, 512, 1024, 2048]),
+    ],
+)
+def test_a_check_begins_at_the_base_or_at_a_narrower_model(
+    words: tuple[str, ...], widths: list[int]
+) -> None:
+    assert (
+        parse_widths(None, load_recipe("quickstart", [*words, "model.heads=16"]).config) == widths
+    )
 
 
 def test_help_has_examples_and_every_word_of_them_parses(

@@ -260,6 +260,18 @@ def test_muP_is_told_its_base_width(corpus: tuple[str, str], tmp_path: Path) -> 
     assert not plain.enabled and plain.base_width is None
 
 
+def test_the_control_has_no_rules_that_could_be_left_out(
+    corpus: tuple[str, str], tmp_path: Path
+) -> None:
+    on = ("mup.enabled=true", "mup.base_width=16", "mup.without=['hidden_lr']")
+    space = space_of(corpus, tmp_path, *on, "--parametrisation", "both")
+    scaled, plain = (
+        space.config_of(a_trial(space, parametrisation=each)).mup for each in ("mup", "standard")
+    )
+    assert scaled.without == ["hidden_lr"]
+    assert (plain.enabled, plain.without) == (False, [])
+
+
 def test_a_width_that_cannot_be_is_refused_before_anything_runs(
     corpus: tuple[str, str], tmp_path: Path
 ) -> None:

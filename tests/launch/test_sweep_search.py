@@ -77,7 +77,9 @@ def test_learning_rates_are_read_as_numbers_or_powers(text: str, log2: float) ->
     assert read_log2(text) == log2
 
 
-@pytest.mark.parametrize("text", ["", "abc", "-1", "0", "3**2", "2**x", "2 ** -7 + 1", "1e999"])
+@pytest.mark.parametrize(
+    "text", ["", "abc", "-1", "0", "3**2", "2**x", "2 ** -7 + 1", "1e999", "2**2000", "2**-65"]
+)
 def test_nothing_else_is_a_learning_rate(text: str) -> None:
     assert read_log2(text) is None
 
@@ -177,6 +179,7 @@ def test_every_setting_and_parametrisation_is_a_family_of_its_own() -> None:
     assert len(families(asked)) == 8
     assert Family("standard", ("optimizer.beta2=0.99", "model.layers=2")) in families(asked)
     assert asked.grid[0] == ("optimizer.beta2=0.9", "model.layers=1")
+    assert len(families(request(grid=["optimizer.beta2=0.9,0.9"]))) == 1
 
 
 def test_cheap_trials_come_first() -> None:
@@ -215,7 +218,12 @@ def test_a_crash_is_a_wall_and_no_loss() -> None:
         ({"base_width": 0}, "--base-width 0: must be 1 or more; type --base-width 64"),
         ({"grid": ["beta2=1"]}, "--grid beta2=1: must be a setting and its values"),
         ({"grid": ["optimizer.beta2="]}, "--grid optimizer.beta2=: must be a setting"),
-        ({"grid": ["run.seed=1,2"]}, "--grid run.seed=1,2: has a word of its own"),
+        ({"grid": ["run.seed=1,2"]}, "--grid run.seed=1,2: has a word of its own; use --seeds"),
+        ({"grid": ["mup.base_width=32,64"]}, "has a word of its own; use --base-width"),
+        (
+            {"grid": ["optimizer.beta2=0.9", "optimizer.beta2=0.99"]},
+            "--grid optimizer.beta2=0.99: is there twice; type all values of optimizer.beta2 in",
+        ),
         ({"overrides": ["optimizer.peak_lr=1"]}, "optimizer.peak_lr=1: the sweep sets it itself"),
         (
             {"parametrisation": "standard", "transfer_to": "gpt-124m"},
