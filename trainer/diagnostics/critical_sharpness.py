@@ -60,7 +60,7 @@ class CriticalSharpness:
 
     def after_update(self, step: int) -> Mapping[str, float]:
         """Return `critical_sharpness`, and `critical_learning_rate` that it belongs to; nothing of
-        a step that was skipped.
+        a step that was skipped, or whose loss was not finite.
         """
         if not self.before:
             return {}
@@ -80,7 +80,7 @@ class CriticalSharpness:
         self, step: int, before: Mapping[torch.Tensor, torch.Tensor]
     ) -> float | None:
         """Return the multiple of the update from which on it raises the loss; None if there was no
-        update.
+        update, or no loss to compare with.
         """
         batches = list(measured_rows(self.batches, step - 1, self.settings.rows))
         after = self.masters()
@@ -131,7 +131,7 @@ def put(parameter: torch.Tensor, weight: torch.Tensor) -> None:
     local(parameter).data.copy_(weight)
 
 
-def critical_multiple(loss: Callable[[float], float]) -> float:
+def critical_multiple(loss: Callable[[float], float]) -> float | None:
     """Return the smallest multiple of a step at which a loss is above that at 0.
 
     A bracket is found from 1 on, by factors of 4; between its ends the root of
@@ -142,9 +142,11 @@ def critical_multiple(loss: Callable[[float], float]) -> float:
 
     Returns:
         The multiple; 0 where even the smallest step raises the loss, and the largest multiple that
-        was tried where none does.
+        was tried where none does; None where the loss is not finite to begin with.
     """
     origin = loss(0.0)
+    if not math.isfinite(origin):
+        return None
 
     def rise(multiple: float) -> float:
         """The mean slope up to a multiple; infinite where the loss is not finite."""

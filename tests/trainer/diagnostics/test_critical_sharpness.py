@@ -53,7 +53,9 @@ def test_of_gradient_descent_on_a_quadratic_it_is_the_curvature_along_the_gradie
         return float(0.5 * moved @ matrix @ moved)
 
     counted = Counted(loss)
-    critical = critical_multiple(counted) * rate
+    multiple = critical_multiple(counted)
+    assert multiple is not None
+    critical = multiple * rate
     directional = float(gradient @ matrix @ gradient / (gradient @ gradient))
     assert 2 / critical == pytest.approx(directional, rel=1e-8)
     assert counted.calls <= 10
@@ -71,7 +73,14 @@ def test_a_loss_that_is_no_parabola_is_crossed_within_a_few_percent() -> None:
 
 
 def test_a_loss_that_overflows_counts_as_raised() -> None:
-    assert 4.0 < critical_multiple(lambda s: -s if s < 7 else math.nan) < 16.0
+    multiple = critical_multiple(lambda s: -s if s < 7 else math.nan)
+    assert multiple is not None
+    assert 4.0 < multiple < 16.0
+
+
+def test_without_a_finite_loss_there_is_nothing_to_raise() -> None:
+    assert critical_multiple(lambda s: math.nan) is None
+    assert critical_multiple(lambda s: math.inf - s) is None
 
 
 def test_a_step_that_raises_the_loss_from_the_start_has_no_critical_rate() -> None:
