@@ -17,11 +17,13 @@ import tomli_w
 from interlace.launch.sweep.judging import Judged
 from interlace.launch.sweep.progress import power
 from interlace.launch.sweep.trials import Space, Tables, learning_rate
+from interlace.trainer.config.clip_checks import largest_norm
 from interlace.trainer.config.load import find_recipe, load_recipe
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.shapes import head_width
 from interlace.trainer.mup.widths import at_width
+from interlace.trainer.rules import rule_of
 from interlace.trainer.run_folder import write_atomically
 
 HORIZON_EXPONENT = 0.32
@@ -134,6 +136,9 @@ def carried_tables(
         if key in whole[section]:
             tables.setdefault(section, {})[key] = whole[section][key]
     tables["optimizer"]["peak_lr"] = lr
+    # What the sweep left unset holds as well, whatever the target says.
+    tables["optimizer"]["weight_decay"] = rule_of(config).hyperparameters()["weight_decay"]
+    tables["optimizer"]["clip"] = largest_norm(config) or 0.0
     tables["mup"] |= {"enabled": True, "base_width": base_width}
     return tables
 

@@ -17,7 +17,7 @@ import torch
 
 from interlace.launch.cli import build_parser, main, parse
 from interlace.launch.sweep import command
-from interlace.launch.sweep.carry import axes_between
+from interlace.launch.sweep.carry import axes_between, carried_tables, overrides_of
 from interlace.launch.sweep.conducting import Ended, Job, State, conduct
 from interlace.launch.sweep.judging import judged, winner
 from interlace.launch.sweep.page import sweep_page
@@ -445,6 +445,17 @@ def test_the_winner_becomes_a_recipe_and_what_it_leaves_open_is_named(
         assert said in page and said in written.read_text(encoding="utf-8")
 
 
+def test_what_a_sweep_left_unset_holds_in_a_target_that_sets_it(
+    corpus: tuple[str, str], tmp_path: Path
+) -> None:
+    clipped = ("optimizer.rule=clipped_sgd", "optimizer.clip=none", "optimizer.weight_decay=none")
+    space = space_of(corpus, tmp_path, *clipped)
+    tables = carried_tables(space.configs[()], (), 16, 0.5)
+    # It has a decay of 0.01 and clips by norm at 1.0.
+    optimizer = load_recipe("ebt_xxs", overrides_of(tables)).config.optimizer
+    assert (optimizer.rule, optimizer.weight_decay, optimizer.clip) == ("clipped_sgd", 0.0, 0.0)
+
+
 def test_a_target_that_is_what_was_swept_is_certified(
     corpus: tuple[str, str], tmp_path: Path
 ) -> None:
@@ -470,9 +481,12 @@ def test_nothing_is_written_for_a_target_without_an_optimum(
 def test_a_target_that_muP_cannot_compare_with_its_base_is_refused_first(
     corpus: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = words(corpus, "--store", str(tmp_path / "store"), "--transfer-to", "gpt_1b_offload")
+    target = tmp_path / "odd.toml"
+    target.write_text('extends = "gpt_1b_offload"\n[model]\nffn_width = 5000\n', "utf-8")
+    line = words(corpus, "--store", str(tmp_path / "store"), "--transfer-to", str(target))
     assert main(line) == 2
-    assert "--transfer-to gpt_1b_offload: mup.base_width=16: " in capsys.readouterr().err
+    expected = f"--transfer-to {target}: mup.base_width=16: model.ffn_width=5000: at width 16 in"
+    assert expected in capsys.readouterr().err
 
 
 # Whole sweeps, in processes
