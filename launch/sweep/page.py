@@ -14,6 +14,7 @@ from interlace.trainer.mup.transfer import (
     Regret,
     Transfer,
     Valley,
+    loss_above,
     transferred_rate,
 )
 
@@ -58,14 +59,15 @@ def family_page(each: Judged) -> str:
 def optimum_table(valleys: Sequence[Valley], transfer: Transfer) -> list[str]:
     """Return one line per width: optimum, interval, loss, and what transferring costs."""
     taken = transferred_rate(valleys[0].means)
-    at = power(taken) if taken is not None else "none"
+    at = power(round(taken, 2)) if taken is not None else "none"
     clipped = any(optimum.clip_fraction is not None for optimum in transfer.optima)
     head = ["width", "best lr", "95% over seeds", "loss", "± seeds", f"loss at {at}", "regret"]
     head += ["allowed", *(["clipped"] if clipped else [])]
     regrets = {regret.width: regret for regret in transfer.regrets}
     rows: list[list[str]] = []
     for valley, optimum in zip(valleys, transfer.optima, strict=True):
-        there = valley.means.get(taken) if taken is not None else None
+        above = loss_above(valley.means, taken) if taken is not None else None
+        there = None if above is None else optimum.loss + above
         row = [str(valley.width), *optimum_cells(optimum), number(there)]
         row += regret_cells(regrets.get(valley.width))
         rows.append(row + ([share(optimum.clip_fraction)] if clipped else []))

@@ -86,7 +86,7 @@ def lines_of(
     """Yield the widths of one family, the narrowest first, up to the first that is not settled."""
     ladder = request.ladder
     start = set(ladder.grid)
-    taken: float | None = None
+    taken: set[float] = set()
     for width in request.widths:
         line = settle(Line(family, width, tuple(sorted(start)), False, {}), ladder, seeds, outcomes)
         yield line
@@ -96,9 +96,20 @@ def lines_of(
         if lowest is None:
             start = set(ladder.grid)
             continue
-        if taken is None and width == request.widths[0]:
-            taken = transferred_rate(finished(line.means))
-        start = around(lowest, ladder) | ({taken} if taken is not None else set())
+        if not taken and width == request.widths[0]:
+            taken = beside(transferred_rate(finished(line.means)), ladder)
+        start = around(lowest, ladder) | taken
+
+
+def beside(rate: float | None, ladder: Ladder) -> set[float]:
+    """Return the rungs on both sides of a learning rate (log2): wider models need them to tell what
+    it costs.
+    """
+    if rate is None:
+        return set()
+    below = [rung for rung in ladder.rungs if rung <= rate]
+    above = [rung for rung in ladder.rungs if rung >= rate]
+    return {*below[-1:], *above[:1]}
 
 
 def settle(line: Line, ladder: Ladder, seeds: Sequence[int], outcomes: Outcomes) -> Line:

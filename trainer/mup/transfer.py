@@ -91,7 +91,7 @@ class Regret:
     Attributes:
         width: Width of the model.
         log2_lr: log2 of the learning rate that is taken there.
-        loss: Mean loss with it; infinite if it diverged.
+        loss: Mean loss with it; infinite if it diverged. See `loss_above`.
         best: Lowest mean loss of this width.
         relative: What is lost, as a share of the lowest.
         allowed: What may be lost: 0.5%, or two standard deviations over seeds, as a share.
@@ -165,14 +165,11 @@ def lowest_point(means: Mapping[float, float]) -> float | None:
 
 
 def transferred_rate(means: Mapping[float, float]) -> float | None:
-    """Return the learning rate (log2) that a width hands on: of those that were measured the
-    nearest to its vertex, which all points of the valley have a say in; the lowest point where
-    there is no vertex.
+    """Return the learning rate (log2) that a width hands on: its vertex; the lowest point where
+    there is none.
     """
-    at, lowest = vertex(means), lowest_point(means)
-    if at is None:
-        return lowest
-    return min(sorted(means), key=lambda rate: abs(rate - at))
+    at = vertex(means)
+    return lowest_point(means) if at is None else at
 
 
 def in_valley(loss: float, lowest: float) -> bool:
@@ -180,8 +177,48 @@ def in_valley(loss: float, lowest: float) -> bool:
     return math.isfinite(loss) and loss <= lowest + VALLEY * abs(lowest)
 
 
-def vertex(means: Mapping[float, float]) -> float | None:
-    """Return the learning rate (log2) at which a valley is deepest.
+@dataclass(frozen=True)
+class Parabola:
+    """`curvature x^2 + slope x + height` with x counted from `middle`; it opens upwards."""
+
+    middle: float
+    curvature: float
+    slope: float
+    height: float
+
+    @property
+    def vertex(self) -> float:
+        """Where it is lowest."""
+        return self.middle - self.slope / (2 * self.curvature)
+
+    def at(self, place: float) -> float:
+        """Return its value."""
+        offset = place - self.middle
+        return (self.curvature * offset + self.slope) * offset + self.height
+
+
+@dataclass(frozen=True)
+class Bowl:
+    """The bottom of a valley.
+
+    Attributes:
+        parabola: Loss over log2 of the learning rate.
+        low: Neighbour of the lowest point below it.
+        high: Neighbour above it.
+    """
+
+    parabola: Parabola
+    low: float
+    high: float
+
+    @property
+    def vertex(self) -> float:
+        """Where it is deepest, between the neighbours."""
+        return min(max(self.parabola.vertex, self.low), self.high)
+
+
+def bowl_of(means: Mapping[float, float]) -> Bowl | None:
+    """Return the bottom of a valley.
 
     A parabola by least squares through the lowest point, its two neighbours and up to two more
     that are nearest to it and in the valley. Without neighbours there is no curvature, so one that
@@ -192,7 +229,7 @@ def vertex(means: Mapping[float, float]) -> float | None:
         means: Mean losses by log2 of the learning rate.
 
     Returns:
-        The vertex, or None if the lowest point is at an edge or nothing is finite.
+        None if the lowest point is at an edge or nothing is finite.
     """
     rates = sorted(means)
     lowest = lowest_point(means)
@@ -210,20 +247,44 @@ def vertex(means: Mapping[float, float]) -> float | None:
         if rate not in (low, lowest, high) and in_valley(means[rate], means[lowest])
     ]
     fitted = [low, lowest, high, *more[: MOST_FITTED - 3]]
-    found = parabola_vertex(fitted, [min(means[rate], rim) for rate in fitted])
-    return None if found is None else min(max(found, low), high)
+    found = parabola_through(fitted, [min(means[rate], rim) for rate in fitted])
+    return None if found is None else Bowl(found, low, high)
 
 
-def parabola_vertex(rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """Return where the parabola by least squares through three or more points is lowest, or None
-    if it opens downwards.
+def vertex(means: Mapping[float, float]) -> float | None:
+    """Return the learning rate (log2) at which a valley is deepest, or None if the lowest point is
+    at an edge or nothing is finite.
+    """
+    bowl = bowl_of(means)
+    return None if bowl is None else bowl.vertex
+
+
+def loss_above(means: Mapping[float, float], rate: float) -> float | None:
+    """Return how far (nats) the loss at a learning rate (log2) is above the optimum; None outside
+    of what was measured.
+
+    Between the neighbours of the lowest point it is the parabola that says so, which the optimum
+    is the vertex of. Further out it is measured losses, and straight lines between them.
+    """
+    rates, lowest = sorted(means), lowest_point(means)
+    if lowest is None or not rates[0] <= rate <= rates[-1]:
+        return None
+    bowl = bowl_of(means)
+    if bowl is not None and bowl.low <= rate <= bowl.high:
+        return bowl.parabola.at(rate) - bowl.parabola.at(bowl.vertex)
+    losses = [means[each] for each in rates]
+    return float(np.interp(rate, rates, losses)) - means[lowest]
+
+
+def parabola_through(rates: Sequence[float], losses: Sequence[float]) -> Parabola | None:
+    """Return the parabola by least squares through three or more points, or None if it opens
+    downwards.
     """
     middle = fmean(rates)
     offsets = np.asarray(rates, dtype=np.float64) - middle
-    curvature, slope, _ = np.polyfit(offsets, np.asarray(losses, dtype=np.float64), 2)
-    if curvature <= 0:
-        return None
-    return float(middle - slope / (2 * curvature))
+    found = np.polyfit(offsets, np.asarray(losses, dtype=np.float64), 2)
+    curvature, slope, height = (float(each) for each in found)
+    return Parabola(middle, curvature, slope, height) if curvature > 0 else None
 
 
 def slope(widths: Sequence[float], rates: Sequence[float]) -> float:
@@ -300,7 +361,7 @@ def judge(valleys: Sequence[Valley], seed: int = 0) -> Transfer:
         if all(len(next(iter(valley.losses.values()))) > 1 for valley in ordered):
             draws = zip(*(resampled_vertices(valley, seed) for valley in ordered), strict=True)
             low, high = interval([slope(widths, draw) for draw in draws])
-    return Transfer(optima, drift, low, high, regrets_of(ordered, optima), better(ordered))
+    return Transfer(optima, drift, low, high, regrets_of(ordered, optima), better(ordered, optima))
 
 
 def regrets_of(valleys: Sequence[Valley], optima: Sequence[Optimum]) -> tuple[Regret, ...]:
@@ -312,23 +373,28 @@ def regrets_of(valleys: Sequence[Valley], optima: Sequence[Optimum]) -> tuple[Re
         return ()
     found: list[Regret] = []
     for valley, optimum in zip(valleys[1:], optima[1:], strict=True):
-        loss = valley.means.get(taken)
-        if loss is None or optimum.lowest is None:
+        above = loss_above(valley.means, taken)
+        if above is None or optimum.lowest is None:
             continue
         best = optimum.loss
         allowed = max(REGRET_LIMIT, 2 * optimum.spread / best)
-        found.append(Regret(valley.width, taken, loss, best, (loss - best) / best, allowed))
+        found.append(Regret(valley.width, taken, best + above, best, above / best, allowed))
     return tuple(found)
 
 
-def better(valleys: Sequence[Valley]) -> bool | None:
+def better(valleys: Sequence[Valley], optima: Sequence[Optimum]) -> bool | None:
     """Whether every wider model has a lower loss at the narrowest one's learning rate; None where
     that is not known.
     """
     taken = transferred_rate(valleys[0].means) if len(valleys) > 1 else None
     if taken is None:
         return None
-    losses = [valley.means.get(taken, math.nan) for valley in valleys]
-    if any(math.isnan(loss) for loss in losses):
+    above = [loss_above(valley.means, taken) for valley in valleys]
+    losses = [
+        optimum.loss + extra
+        for optimum, extra in zip(optima, above, strict=True)
+        if extra is not None
+    ]
+    if len(losses) < len(valleys):
         return None
     return all(wide < narrow for narrow, wide in pairwise(losses))

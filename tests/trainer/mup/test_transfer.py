@@ -12,8 +12,9 @@ from interlace.trainer.mup.transfer import (
     Valley,
     interval,
     judge,
+    loss_above,
     optimum_of,
-    parabola_vertex,
+    parabola_through,
     slope,
     transferred_rate,
     vertex,
@@ -54,7 +55,7 @@ def test_points_far_above_the_valley_do_not_bend_the_parabola() -> None:
     assert vertex(inside | {-4.0: 9.0}) == pytest.approx(-6.4, abs=1e-9)
     # With it in the valley, the optimum would be elsewhere.
     rates = [*inside, -4.0]
-    assert parabola_vertex(rates, [*inside.values(), 9.0]) != pytest.approx(-6.4, abs=0.2)
+    assert parabola_through(rates, [*inside.values(), 9.0]) != pytest.approx(-6.4, abs=0.2)
 
 
 def test_steps_of_any_width_give_the_same_vertex() -> None:
@@ -185,10 +186,14 @@ def test_all_diverged_is_no_optimum_and_no_verdict() -> None:
     assert not found.bracketed and not found.passes and found.regrets == ()
 
 
-def test_what_is_handed_on_is_the_measured_rate_nearest_to_the_vertex() -> None:
-    # The lowest point is at -7 by a hair; the valley lies nearer to -6.
-    means = {-9.0: 3.0, -8.0: 2.61, -7.0: 2.499, -6.0: 2.5, -5.0: 2.52, -4.0: 2.8}
-    assert min(means, key=means.__getitem__) == -7.0
-    assert transferred_rate(means) == -6.0
+def test_what_is_handed_on_is_the_vertex_and_costs_what_the_parabola_says() -> None:
+    means = {float(rate): 2.0 + 0.1 * (rate + 6.3) ** 2 for rate in range(-9, -3)}
+    assert transferred_rate(means) == pytest.approx(-6.3, abs=1e-9)
+    assert loss_above(means, -6.3) == pytest.approx(0.0, abs=1e-12)
+    assert loss_above(means, -5.5) == pytest.approx(0.1 * 0.8**2, rel=1e-9)
+    # Beyond the neighbours of the lowest point: straight lines between what was measured.
+    between = (means[-4.0] + means[-5.0]) / 2 - means[-6.0]
+    assert loss_above(means, -4.5) == pytest.approx(between, rel=1e-12)
+    assert loss_above(means, -3.0) is None
     assert transferred_rate({-3.0: 2.0, -2.0: 2.5, -1.0: 3.0}) == -3.0
     assert transferred_rate({-3.0: math.inf}) is None
