@@ -199,7 +199,7 @@ def without_followers(slopes: Sequence[Slope]) -> Iterator[Slope]:
 
 def longest(series: Series) -> list[float]:
     """Return the longest of all series: a step that is not finite ends them."""
-    return max(series.values(), key=len)
+    return max(series.values(), key=len, default=[])
 
 
 def typical(trials: Sequence[Series], key: Key, phase: Phase, steps: int) -> float:
