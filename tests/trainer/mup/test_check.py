@@ -89,6 +89,13 @@ def test_a_trial_that_ends_early_fails_the_check() -> None:
     assert not verdict.passes
 
 
+def test_trials_whose_first_step_is_not_finite_fail_the_check() -> None:
+    nothing: dict[tuple[int, int], Series] = {(width, 0): defaultdict(list) for width in WIDTHS}
+    verdict = judge(nothing, MANIFEST, STEPS)
+    assert verdict.ended_early == WIDTHS
+    assert not verdict.passes and verdict.at_fault is None
+
+
 def test_shares_of_clipped_coordinates_that_nobody_sees_say_nothing() -> None:
     series = made_up({Key("first.weight", "clipped"): (-1.0, -1.0)})
     assert not judge(series, MANIFEST, STEPS).passes
