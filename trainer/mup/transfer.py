@@ -264,11 +264,14 @@ def loss_above(means: Mapping[float, float], rate: float) -> float | None:
     of what was measured.
 
     Between the neighbours of the lowest point it is the parabola that says so, which the optimum
-    is the vertex of. Further out it is measured losses, and straight lines between them.
+    is the vertex of. Further out it is measured losses, and straight lines between them. Nearest to
+    a learning rate that diverged it is infinite.
     """
     rates, lowest = sorted(means), lowest_point(means)
     if lowest is None or not rates[0] <= rate <= rates[-1]:
         return None
+    if math.isinf(means[min(rates, key=lambda each: abs(each - rate))]):
+        return math.inf
     bowl = bowl_of(means)
     if bowl is not None and bowl.low <= rate <= bowl.high:
         return bowl.parabola.at(rate) - bowl.parabola.at(bowl.vertex)

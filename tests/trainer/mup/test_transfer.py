@@ -136,6 +136,14 @@ def test_a_transferred_rate_that_diverges_costs_infinitely_much() -> None:
     assert found.wider_is_better is False
 
 
+def test_a_transferred_rate_beside_the_optimum_that_diverges_costs_infinitely_much() -> None:
+    losses = {-6.0: (2.1,), -5.0: (2.0,), -4.0: (math.inf,)}
+    found = judge([valley(32, bowl(-4.4)), Valley(64, losses, {})])
+    assert found.regrets[0].relative == math.inf and not found.regret_passes
+    nearer = judge([valley(32, bowl(-4.9)), Valley(64, losses, {})])
+    assert math.isfinite(nearer.regrets[0].relative)
+
+
 def test_wider_is_better_only_if_every_width_is() -> None:
     def family(*floors: float) -> bool | None:
         widths = (32, 64, 128)
