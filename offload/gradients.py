@@ -121,7 +121,13 @@ class Gradients:
 
         size = 2 * total.numel() * total.element_size() + values.numel() * values.element_size()
         return self.lanes.cpu.submit(
-            add, what="gradient sum", subgroup=subgroup.index, bytes=size, after=(arrived,)
+            add,
+            what="gradient sum",
+            subgroup=subgroup.index,
+            bytes=size,
+            after=(arrived,),
+            # Backward waits for landings and the norm for sums; updates beside backward do not.
+            urgent=True,
         )
 
     def free_landing(self, size: int) -> Landing:
