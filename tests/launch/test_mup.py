@@ -145,9 +145,9 @@ def test_rules_that_are_left_out_are_named(capsys: Capture) -> None:
 
 
 def test_a_width_that_cannot_be_is_refused_in_words(capsys: Capture) -> None:
-    assert main(["mup", "table", "quickstart", "--base-width", "96"]) == 2
+    assert main(["mup", "table", "quickstart", "--base-width", "97"]) == 2
     message = capsys.readouterr().err
-    assert "mup.base_width=96: model.heads=4: at width 96" in message
+    assert "mup.base_width=97: model.heads=4: at width 97" in message
     assert main(["mup", "table", "quickstart", "--base-width", "0"]) == 2
     assert "mup.base_width=0" in capsys.readouterr().err
 
