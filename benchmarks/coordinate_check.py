@@ -105,8 +105,7 @@ def row_of(name: str, family: Family, rule: str, seeds: int, kind: str) -> Row:
     """Run one check and return its row."""
     settings = [*SMALL, *family.settings, f"optimizer.rule={rule}"]
     config = load_recipe(family.recipe, settings).config
-    which = kind.removeprefix("without ")
-    left_out = [each for each in family.removed if each == which]
+    left_out: list[Rule] = [each for each in family.removed if kind == f"without {each}"]
     request = Request(
         widths=WIDTHS,
         seeds=seeds,
