@@ -167,8 +167,9 @@ def with_whole_heads(
     if config.mup.grows == "heads" and not all(holds_whole_heads(model, each) for each in widths):
         finer = finer_heads(model, everywhere)
         if finer is None:
-            wrong = next(each for each in widths if not holds_whole_heads(model, each))
-            scaled_heads(model, wrong)
+            wrong = [each for each in widths if not holds_whole_heads(model, each)]
+            hopeless = [each for each in wrong if finer_heads(model, [each]) is None]
+            scaled_heads(model, [*hopeless, *wrong][0])
             raise AssertionError("a width without whole heads is refused")
         notes.append(f"attention has heads of {head_width(finer)}, not {head_width(model)}")
         model = finer
