@@ -153,7 +153,8 @@ REMOVED: list[tuple[str, str, Rule, str]] = [
     ("quickstart", "adamw", "hidden_lr", "layers.0.blocks.0.mixer.query.weight"),
     ("quickstart", "adamw", "readout_multiplier", "head"),
     ("quickstart", "clipped_sgd", "hidden_lr", "layers.0.blocks.0.mixer.query.weight"),
-    ("quickstart", "clipped_sgd", "threshold", "layers.0.blocks.0.mixer.query.weight"),
+    # Every tensor has one; the first is named.
+    ("quickstart", "clipped_sgd", "threshold", "embedding.weight"),
     ("quickstart_hybrid", "adamw", "row_blocks", "layers.0.blocks.0.mixer.in_proj[B]"),
     ("quickstart_moe", "adamw", "router", "layers.0.blocks.1.mixer.router"),
 ]
