@@ -62,5 +62,5 @@ def test_a_quickstart_reaches_the_loss_that_the_readme_states(
 
 def test_the_readme_states_the_loss_of_every_quickstart() -> None:
     shipped = {path.stem for path in (ROOT / "configs").glob("quickstart*.toml")}
-    # Offloading changes no number.
-    assert set(stated_losses()) == shipped - {"quickstart_offload"}
+    # Offloading changes no number; update rules are compared in docs/optimizers.md.
+    assert set(stated_losses()) == shipped - {"quickstart_offload", "quickstart_clipped"}

@@ -243,5 +243,5 @@ def test_a_superseded_start_may_not_set_a_broken_checkpoint_aside(
     shard.write_bytes(shard.read_bytes()[:-1])
     folder.store.begin_attempt()
     with pytest.raises(Superseded, match="is not the live one"):
-        restore(folder, parts.attempt, parts.state, corpus)
+        restore(folder, parts.attempt, parts.state, corpus, parts.manifest)
     assert folder.store.committed_steps() == [5, 10]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
+from interlace.kernels.update import SGD
 from interlace.trainer.batches import Batch
 from interlace.trainer.config import load_recipe
 from interlace.trainer.config.schema import RunConfig
@@ -296,7 +297,7 @@ def test_the_objective_is_the_mean_over_steps_and_the_report_the_last_step() -> 
 def test_the_learnt_step_size_has_a_rate_of_its_own_and_no_decay() -> None:
     config = config_of(step_size_lr_factor=7.0)
     model = model_of(config)
-    groups = parameter_groups(model, config.optimizer)
+    groups = parameter_groups(model, SGD(lr=1.0, weight_decay=0.1).hyperparameters())
     optimizer = torch.optim.SGD(groups, lr=1.0)
     set_learning_rate(optimizer, 0.5)
     [own] = [group for group in optimizer.param_groups if model.step_size in set(group["params"])]
