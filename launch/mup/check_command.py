@@ -18,8 +18,6 @@ from interlace.trainer.run_folder import write_json
 
 LEAST_WIDTHS, LEAST_SPAN = 4, 8
 DEFAULT_WIDTHS = (32, 64, 128, 256)
-BOLD = 3.0
-"""Multiple of the recipe's learning rate: at a large one mistakes show within a few steps."""
 
 
 def check(arguments: Namespace, progress: Callable[[int, int], None]) -> int:
@@ -40,7 +38,7 @@ def check(arguments: Namespace, progress: Callable[[int, int], None]) -> int:
         seeds=arguments.seeds,
         steps=arguments.steps,
         tokens=arguments.tokens,
-        lr=config.optimizer.peak_lr * BOLD if arguments.lr is None else arguments.lr,
+        lr=config.optimizer.peak_lr if arguments.lr is None else arguments.lr,
         base_width=config.mup.base_width or widths[0],
         without=parse_rules(arguments.without) or config.mup.without,
         standard=arguments.standard,

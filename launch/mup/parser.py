@@ -105,8 +105,8 @@ def add_check(views: AddParser) -> None:
         "--lr",
         type=float,
         metavar="RATE",
-        help="learning rate at the base width (default: three times the recipe's; mistakes show "
-        "at a large one)",
+        help="constant learning rate at the base width (default: the recipe's); mistakes show "
+        "sooner at a larger one",
     )
     check.add_argument(
         "--without",
