@@ -1,7 +1,11 @@
-"""Files that a command is told to write: refused before any work is done for them."""
+"""Files that a command is told to write: refused before any work is done for them; and what JSON
+cannot say.
+"""
 
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 from interlace.trainer.errors import ConfigError
 
@@ -43,3 +47,14 @@ def picture_file(option: str, name: str) -> Path:
     if not Path(name).is_dir() and Path(name).suffix.lower() not in PICTURES:
         raise ConfigError([f"{option} {name}: give a file that ends in .png, .svg or .pdf"])
     return output_file(option, name)
+
+
+def finite(value: Any) -> Any:
+    """Return a document with None in place of numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return value

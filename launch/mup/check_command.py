@@ -4,12 +4,12 @@ import json
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import get_args
 
 from interlace.launch.mup.check_page import check_page
-from interlace.launch.output_files import output_file, picture_file
+from interlace.launch.output_files import finite, output_file, picture_file
 from interlace.trainer.config.load import load_recipe
 from interlace.trainer.config.mup_section import Rule
 from interlace.trainer.config.schema import RunConfig
@@ -48,15 +48,18 @@ def check(arguments: Namespace, progress: Callable[[int, int], None]) -> int:
     picture = picture_file("--output", f"{folder}/check.png")
     checked = measure(config, request, progress)
     verdict = checked.verdict
-    about = {
-        "recipe": config.run.name,
-        "rule": config.optimizer.rule,
-        "request": asdict(request),
-        "passes": verdict.passes,
-        "at_fault": verdict.at_fault,
-        "ended_early": list(verdict.ended_early),
-        "slopes": [finite(asdict(slope) | {"passes": slope.passes}) for slope in verdict.slopes],
-    }
+    # A bound that is none is null.
+    about = finite(
+        {
+            "recipe": config.run.name,
+            "rule": config.optimizer.rule,
+            "request": asdict(request),
+            "passes": verdict.passes,
+            "at_fault": verdict.at_fault,
+            "ended_early": list(verdict.ended_early),
+            "slopes": [asdict(slope) | {"passes": slope.passes} for slope in verdict.slopes],
+        }
+    )
     write_json(document, about)
     draw(verdict, f"Coordinate check of {config.run.name}, {config.optimizer.rule}", picture)
     if arguments.json:
@@ -67,14 +70,6 @@ def check(arguments: Namespace, progress: Callable[[int, int], None]) -> int:
         print(f"\npicture  {picture}\nnumbers  {document}")
     sys.stdout.flush()
     return 0 if verdict.passes else 1
-
-
-def finite(slope: Mapping[str, object]) -> dict[str, object]:
-    """Return a slope as JSON can have it: a bound that is none is null."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in slope.items()
-    }
 
 
 def parse_widths(text: str | None, config: RunConfig) -> list[int]:

@@ -44,22 +44,29 @@ def add_mup(commands: AddParser) -> None:
     add_check(views)
 
 
-def add_table(views: AddParser) -> None:
-    """Add `mup table`."""
-    table = views(
-        "table",
-        help=TABLE,
-        description=TABLE[0].upper() + TABLE[1:] + ".",
-        epilog=TABLE_EXAMPLES,
+def add_view(views: AddParser, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    """Add a view of a recipe and return its parser."""
+    view = views(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:],
+        epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    table.add_argument("recipe", metavar="RECIPE", help="shipped recipe, or path of a TOML file")
-    table.add_argument(
+    view.add_argument("recipe", metavar="RECIPE", help="shipped recipe, or path of a TOML file")
+    view.add_argument(
         "overrides",
         nargs="*",
         metavar="SECTION.KEY=VALUE",
         help="settings that win over the recipe's, as section.key=value",
     )
+    view.add_argument("--json", action="store_true", help="print JSON")
+    return view
+
+
+def add_table(views: AddParser) -> None:
+    """Add `mup table`."""
+    table = add_view(views, "table", TABLE, TABLE_EXAMPLES)
     table.add_argument(
         "--base-width",
         type=int,
@@ -67,25 +74,11 @@ def add_table(views: AddParser) -> None:
         help="width whose settings are carried over, in place of mup.base_width",
     )
     table.add_argument("--all", action="store_true", help="show every parameter of every layer")
-    table.add_argument("--json", action="store_true", help="print JSON")
 
 
 def add_check(views: AddParser) -> None:
     """Add `mup check`."""
-    check = views(
-        "check",
-        help=CHECK,
-        description=CHECK[0].upper() + CHECK[1:],
-        epilog=CHECK_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    check.add_argument("recipe", metavar="RECIPE", help="shipped recipe, or path of a TOML file")
-    check.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="SECTION.KEY=VALUE",
-        help="settings that win over the recipe's, as section.key=value",
-    )
+    check = add_view(views, "check", CHECK, CHECK_EXAMPLES)
     check.add_argument(
         "--widths",
         metavar="A,B,C,D",
@@ -123,4 +116,3 @@ def add_check(views: AddParser) -> None:
         metavar="DIR",
         help="folder for check.json and check.png (default: mup_check)",
     )
-    check.add_argument("--json", action="store_true", help="print JSON")

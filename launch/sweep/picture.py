@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from interlace.launch.sweep.judging import Judged
 from interlace.launch.sweep.page import NAMES, signed
 from interlace.trainer.mup.transfer import Optimum, Valley
-from interlace.trainer.observe.plots import BLUE, GREY, ORANGE, picture, tidy
+from interlace.trainer.observe.plots import BLUE, GREY, ORANGE, tidy, write_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,9 +48,7 @@ def draw(verdicts: Sequence[Judged], title: str, path: Path) -> None:
     name_widths(figure, widths)
     bounds(first, drawn)
     draw_optima(figure.add_subplot(grid[rows, :]), drawn, widths)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(picture(figure))
-    temporary.replace(path)
+    write_picture(figure, path)
 
 
 def name_widths(figure: "Figure", widths: Sequence[int]) -> None:

@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from interlace.launch.output_files import finite
 from interlace.launch.sweep.conducting import State
 from interlace.launch.sweep.judging import Judged, against_standard
 from interlace.launch.sweep.trials import Trial
@@ -18,17 +19,6 @@ from interlace.trainer.run_folder import write_atomically, write_json
 COLUMNS = ("parametrisation", "width", "log2_lr", "lr", "seed")
 MEASURED = ("loss", "train_loss", "diverged", "steps", "clip_fraction")
 SECONDS = ("wall_seconds", "cpu_seconds")
-
-
-def finite(value: Any) -> Any:
-    """Return a document with None in place of numbers that JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
-    return value
 
 
 def settings_of(trial: Trial) -> dict[str, str]:

@@ -19,10 +19,7 @@ def write_loss_curve(records: Sequence[StepRecord], path: Path) -> None:
     """Write `loss.png`: training loss, smoothed and raw, held-out loss, and the learning rate
     below.
     """
-    data = picture(loss_figure(records))
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    write_picture(loss_figure(records), path)
 
 
 def loss_figure(records: Sequence[StepRecord]) -> "Figure":
@@ -117,6 +114,15 @@ def tidy(axes: "Axes") -> None:
     """Keep ink for data."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def write_picture(figure: "Figure", path: Path) -> None:
+    """Write a figure in the format of the file's name, so that a reader sees all of it or the old
+    one.
+    """
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(picture(figure, path.suffix.removeprefix(".").lower()))
+    temporary.replace(path)
 
 
 def picture(figure: "Figure", kind: str = "png") -> bytes:

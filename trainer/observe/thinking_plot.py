@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from interlace.trainer.observe.plots import BLUE, GREEN, GREY, ORANGE, picture, tidy
+from interlace.trainer.observe.plots import BLUE, GREEN, GREY, ORANGE, tidy, write_picture
 from interlace.trainer.thinking import Thought
 
 
@@ -46,4 +46,4 @@ def write_thinking(thought: Thought, path: Path) -> None:
         axes.ticklabel_format(axis="y", useOffset=False)
     for axes in (longer, wider):
         axes.legend(frameon=False, fontsize=8)
-    path.write_bytes(picture(figure, path.suffix.removeprefix(".").lower()))
+    write_picture(figure, path)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from interlace.trainer.mup.check.verdict import Slope, Verdict
-from interlace.trainer.observe.plots import BLUE, GREY, ORANGE, picture, tidy
+from interlace.trainer.observe.plots import BLUE, GREY, ORANGE, tidy, write_picture
 
 COLUMNS = [
     (name, phase)
@@ -40,9 +40,7 @@ def draw(verdict: Verdict, title: str, path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     draw_map(left, found, titles, columns)
     draw_sizes(right, verdict)
-    temporary = path.with_name(f".{path.stem}{path.suffix}")
-    temporary.write_bytes(picture(figure))
-    temporary.replace(path)
+    write_picture(figure, path)
 
 
 def draw_map(
