@@ -47,8 +47,9 @@ from interlace.trainer.parallel import (
     recompute_layers,
     shard,
 )
+from interlace.trainer.parts import Parts
 from interlace.trainer.plan import Plan, Setting, resolve
-from interlace.trainer.run import Parts, Run
+from interlace.trainer.run import Run
 from interlace.trainer.run_folder import (
     RunFolder,
     config_text,

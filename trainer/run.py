@@ -6,92 +6,37 @@ in the tensors of `TrainingState`; both are saved and restored as a whole.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
-from interlace.offload.hardware import HardwareProfile, resident_bytes
+from interlace.offload.hardware import resident_bytes
 from interlace.offload.report import UpdateReport
-from interlace.trainer.batches import Batch, StepBatches
+from interlace.trainer.batches import Batch
 from interlace.trainer.checkpoint.failpoints import failpoint
-from interlace.trainer.checkpoint.state import Progress, TrainingState, save
-from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.checkpoint.state import Progress
 from interlace.trainer.diagnostics import (
     AskedAfterUpdate,
     AskedEveryStep,
-    Diagnostic,
     Draws,
     LooksAtTensors,
     TakesLosses,
 )
-from interlace.trainer.errors import NumericsError, SaveError
-from interlace.trainer.evidence import save_evidence
-from interlace.trainer.models.model import Model
-from interlace.trainer.mup.manifest import Manifest
-from interlace.trainer.objectives import Loss, Objective
+from interlace.trainer.guarding import Guarding
+from interlace.trainer.objectives import Loss
 from interlace.trainer.observe.console import Console, is_logged
 from interlace.trainer.observe.expert_load import describe_loads
 from interlace.trainer.observe.metrics import Histogram, MetricsWriter, StepRecord
 from interlace.trainer.optimizer import check_rates, set_learning_rate
+from interlace.trainer.parts import Parts
 from interlace.trainer.plan import Plan
 from interlace.trainer.run_folder import RunFolder
+from interlace.trainer.saving import Saving
 from interlace.trainer.schedules import learning_rate
 from interlace.trainer.signals import StopRequest
+from interlace.trainer.step_sums import StepSums
 from interlace.trainer.validation import Validation, validate
-from interlace.trainer.world import World
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of; built once by `interlace.trainer.assembly`."""
-
-    config: RunConfig
-    world: World
-    folder: RunFolder
-    plan: Plan
-    hardware: HardwareProfile
-    attempt: int
-    corpus_digest: str
-    batches: StepBatches
-    manifest: Manifest
-    model: Model
-    objective: Objective
-    state: TrainingState
-    diagnostics: Sequence[Diagnostic]
-
-
-class StepSums:
-    """What the micro-batches of one rank add up to in one step."""
-
-    def __init__(self) -> None:
-        self.loss = 0.0
-        self.details: dict[str, float] = {}
-        self.loads: list[torch.Tensor] = []
-
-    def add(self, loss: Loss, accumulation: int) -> None:
-        """Count one of `accumulation` micro-batches."""
-        self.loss += float(loss.mean_nll.detach()) / accumulation
-        for name, value in loss.details.items():
-            share = float(value.detach()) / accumulation
-            self.details[name] = self.details.get(name, 0.0) + share
-        loads = [load.cpu().double() for load in loss.expert_loads]
-        before = self.loads or [torch.zeros_like(load) for load in loads]
-        self.loads = [total + load for total, load in zip(before, loads, strict=True)]
-
-    def packed(self, stop: bool) -> torch.Tensor:
-        """Return loss, wish to stop, details and loads as one vector to be summed over ranks."""
-        head = torch.tensor([self.loss, float(stop), *self.details.values()], dtype=torch.float64)
-        return torch.cat([head, *self.loads])
-
-    def unpacked(
-        self, total: torch.Tensor, ranks: int
-    ) -> tuple[dict[str, float], list[torch.Tensor]]:
-        """Return the details, as means over ranks, and the loads, as sums, of a summed vector."""
-        first = 2 + len(self.details)
-        means = [float(value) / ranks for value in total[2:first]]
-        loads = list(total[first:].split([len(load) for load in self.loads])) if self.loads else []
-        return dict(zip(self.details, means, strict=True)), loads
 
 
 @dataclass
@@ -127,7 +72,8 @@ class Run:
         self.metrics = metrics
         self.stop = stop
         self.stop_requested = False
-        self.saved_step = progress.step
+        self.saving = Saving(parts, progress.step, console)
+        self.guarding = Guarding(parts, console)
         self.last_validation_loss: float | None = None
         self.notes = StepNotes()
         for diagnostic in parts.diagnostics:
@@ -157,17 +103,17 @@ class Run:
         The same exchange tells every rank whether any of them was asked to stop, and what the
         objective and the experts report.
         """
-        plan, world = self.plan, self.parts.world
+        plan = self.plan
         self.notes.rate = learning_rate(step, plan.steps, self.parts.config.optimizer)
         # Before backward: with overlap an update begins as soon as its gradients are complete.
         set_learning_rate(self.parts.state.optimizer, self.notes.rate)
         sums = StepSums()
         for batch in self.parts.batches.of_step(step):
             sums.add(self.backward_of(batch), plan.accumulation)
-        total = world.sum(sums.packed(self.stop.received))
-        self.stop_requested = bool(total[1] > 0)
-        self.notes.details, self.notes.expert_loads = sums.unpacked(total, world.size)
-        return float(total[0]) / world.size
+        heard = sums.exchange(self.parts.world, {"stop": float(self.stop.received)})
+        self.stop_requested = heard.flags["stop"] > 0
+        self.notes.details, self.notes.expert_loads = heard.details, heard.loads
+        return heard.loss
 
     def backward_of(self, batch: Batch) -> Loss:
         """Run one micro-batch forward and backward; return its losses."""
@@ -203,58 +149,23 @@ class Run:
                 self.notes.details.update(diagnostic.after_update(step + 1))
 
     def update_or_skip(self, step: int, batch_loss: float, norm: float) -> None:
-        """Clip and update; leave a step out whose loss or gradient is not finite, on all ranks
-        alike, unless the update rule guards against single coordinates that are not.
+        """Clip and update; leave a step out whose numbers cannot be right, on all ranks alike.
 
         Raises:
             NumericsError: Too many such steps in a row; the evidence is in the run folder.
         """
         failpoint("step.update")
         optimizer = self.parts.state.optimizer
-        bad = not (is_finite(batch_loss) and is_finite(norm))
-        skipped = bad and not optimizer.guards
+        before = self.progress
+        self.progress = self.guarding.judged(step, before, batch_loss, norm)
+        skipped = self.progress.skipped_steps > before.skipped_steps
         self.notes.loss, self.notes.gradient_norm = batch_loss, norm
         self.notes.skipped = skipped
-        self.progress = advance(self.progress, self.plan.tokens_per_step, bad, skipped)
-        if bad:
-            self.report_bad_step(step, batch_loss, norm)
         if not skipped:
             optimizer.step()
             self.parts.model.balance_experts(self.notes.expert_loads)
         optimizer.zero_grad()
         self.diagnose_update(step)
-
-    def report_bad_step(self, step: int, loss: float, norm: float) -> None:
-        """Tell of a step that is not finite, before its update where there is one; stop the run
-        when there were too many.
-        """
-        parts = self.parts
-        optimizer, limit = parts.state.optimizer, parts.config.train.max_bad_steps
-        count = self.progress.skipped_in_a_row
-        outcome = "coordinates that are not count as 0" if optimizer.guards else "update skipped"
-        self.console.note(
-            f"step {step + 1}: loss {loss} or gradient norm {norm} is not finite; {outcome} "
-            f"({count} in a row, {limit} stop the run)"
-        )
-        begun = optimizer.update_begun and not optimizer.guards
-        if count < limit and not begun:
-            return
-        folder = save_evidence(self.folder.path, step, parts.batches, parts.state)
-        lower = f"optimizer.peak_lr={parts.config.optimizer.peak_lr}"
-        if begun:
-            raise NumericsError(
-                f"step {step + 1}: loss {loss} or gradient norm {norm} is not finite, and "
-                "offload.overlap=backward had begun the update. The evidence is in "
-                f"{folder}; resume from the newest checkpoint, with a lower {lower} or with "
-                "offload.overlap=forward, which skips such steps."
-            )
-        also = "" if optimizer.guards else " or turn on optimizer.clip"
-        raise NumericsError(
-            f"{count} steps in a row had a loss or gradient that is not finite "
-            f"(train.max_bad_steps={limit}); "
-            f"last loss {loss}, gradient norm {norm}. The evidence is in {folder}; the newest "
-            f"checkpoint is untouched. Lower {lower}{also}, and resume."
-        )
 
     def validate_if_due(self) -> None:
         """Measure the held-out loss every so many steps and after the last."""
@@ -313,60 +224,14 @@ class Run:
         return optimizer.finish_report() if optimizer.overlap == "none" else optimizer.monitor.last
 
     def checkpoint_if_due(self) -> None:
-        """Commit a checkpoint every so many steps; a save that fails does not stop the training."""
-        every, step = self.parts.config.checkpoint.every_steps, self.progress.step
-        if every and step % every == 0 and step < self.plan.steps and not self.stop_requested:
-            self.save_checkpoint()
-
-    def save_checkpoint(self) -> str | None:
-        """Commit the state after the last finished step and let old checkpoints go.
-
-        Returns:
-            None, or why the checkpoint could not be written.
-        """
-        parts, keep = self.parts, self.parts.config.checkpoint
-        scalars = {
-            "config": parts.config.model_dump(mode="json"),
-            "corpus_digest": parts.corpus_digest,
-            "vocabulary_size": self.plan.vocabulary_size,
-            "manifest": parts.manifest.document,
-        }
-        try:
-            save(self.folder.store, parts.attempt, parts.state, scalars, self.progress)
-        except SaveError as error:
-            self.console.note(f"checkpoint at step {self.progress.step} failed: {error}")
-            return str(error)
-        self.saved_step = self.progress.step
-        if parts.world.is_main:
-            self.folder.store.retain(keep.keep_last, keep.keep_every_steps)
-        return None
+        """Save every so many steps, unless the run is about to end, which saves anyway."""
+        if not self.stop_requested:
+            self.saving.save_if_due(self.progress)
 
     def conclude(self) -> None:
-        """Commit what is not committed yet, after the last step or on a stop signal.
+        """Save what is not saved yet, after the last step or on a stop signal.
 
         Raises:
             SaveError: The last state could not be saved; the newest checkpoint is older.
         """
-        if self.saved_step == self.progress.step and self.folder.store.committed_steps():
-            return
-        failure = self.save_checkpoint()
-        if failure is not None:
-            raise SaveError(
-                f"the state after step {self.progress.step} is not saved: {failure}; "
-                f"the newest checkpoint is of step {self.saved_step}"
-            )
-
-
-def advance(progress: Progress, tokens: int, bad: bool, skipped: bool) -> Progress:
-    """Return the counters after one more step, bad or not, whose update was skipped or not."""
-    return Progress(
-        step=progress.step + 1,
-        tokens=progress.tokens + tokens,
-        skipped_steps=progress.skipped_steps + skipped,
-        skipped_in_a_row=progress.skipped_in_a_row + 1 if bad else 0,
-    )
-
-
-def is_finite(value: float) -> bool:
-    """Whether a number is neither infinite nor NaN."""
-    return value - value == 0.0
+        self.saving.conclude(self.progress)

@@ -1,0 +1,82 @@
+"""What a run does about steps whose numbers cannot be right."""
+
+from interlace.trainer.checkpoint.state import Progress
+from interlace.trainer.errors import NumericsError
+from interlace.trainer.evidence import save_evidence
+from interlace.trainer.observe.console import Console
+from interlace.trainer.parts import Parts
+
+
+class Guarding:
+    """Judges every step before its update, on all ranks alike.
+
+    Args:
+        parts: What the run is made of.
+        console: Where bad steps are told.
+    """
+
+    def __init__(self, parts: Parts, console: Console) -> None:
+        self.parts = parts
+        self.console = console
+
+    def judged(self, step: int, progress: Progress, loss: float, norm: float) -> Progress:
+        """Return the counters after this step; whether its update is left out shows in them.
+
+        An update is left out if loss or gradient are not finite, unless the update rule guards
+        against single coordinates that are not.
+
+        Raises:
+            NumericsError: Too many such steps in a row; the evidence is in the run folder.
+        """
+        bad = not (is_finite(loss) and is_finite(norm))
+        skipped = bad and not self.parts.state.optimizer.guards
+        after = advance(progress, self.parts.plan.tokens_per_step, bad, skipped)
+        if bad:
+            self.report_bad_step(step, after.skipped_in_a_row, loss, norm)
+        return after
+
+    def report_bad_step(self, step: int, count: int, loss: float, norm: float) -> None:
+        """Tell of a step that is not finite, before its update where there is one; stop the run
+        when there were too many.
+        """
+        parts = self.parts
+        optimizer, limit = parts.state.optimizer, parts.config.train.max_bad_steps
+        outcome = "coordinates that are not count as 0" if optimizer.guards else "update skipped"
+        self.console.note(
+            f"step {step + 1}: loss {loss} or gradient norm {norm} is not finite; {outcome} "
+            f"({count} in a row, {limit} stop the run)"
+        )
+        begun = optimizer.update_begun and not optimizer.guards
+        if count < limit and not begun:
+            return
+        folder = save_evidence(parts.folder.path, step, parts.batches, parts.state)
+        lower = f"optimizer.peak_lr={parts.config.optimizer.peak_lr}"
+        if begun:
+            raise NumericsError(
+                f"step {step + 1}: loss {loss} or gradient norm {norm} is not finite, and "
+                "offload.overlap=backward had begun the update. The evidence is in "
+                f"{folder}; resume from the newest checkpoint, with a lower {lower} or with "
+                "offload.overlap=forward, which skips such steps."
+            )
+        also = "" if optimizer.guards else " or turn on optimizer.clip"
+        raise NumericsError(
+            f"{count} steps in a row had a loss or gradient that is not finite "
+            f"(train.max_bad_steps={limit}); "
+            f"last loss {loss}, gradient norm {norm}. The evidence is in {folder}; the newest "
+            f"checkpoint is untouched. Lower {lower}{also}, and resume."
+        )
+
+
+def advance(progress: Progress, tokens: int, bad: bool, skipped: bool) -> Progress:
+    """Return the counters after one more step, bad or not, whose update was skipped or not."""
+    return Progress(
+        step=progress.step + 1,
+        tokens=progress.tokens + tokens,
+        skipped_steps=progress.skipped_steps + skipped,
+        skipped_in_a_row=progress.skipped_in_a_row + 1 if bad else 0,
+    )
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is neither infinite nor NaN."""
+    return value - value == 0.0
