@@ -1,8 +1,8 @@
 """The command line: `interlace COMMAND ...`. Parsing only; every command is a function of
 `launch.commands`.
 
-Exit status: 0 success, 2 a mistake the user can mend (one message, no traceback), 1 a failure of
-ours or a run that went wrong, 130 interrupted.
+Exit statuses are those of `interlace.trainer.exits`: 0 success, 2 a mistake the user can mend (one
+message, no traceback), 1 a failure of ours.
 """
 
 import argparse
@@ -16,7 +16,8 @@ from typing import NoReturn
 
 from interlace.launch.mup.parser import add_mup
 from interlace.launch.sweep.parser import add_sweep
-from interlace.trainer.errors import NumericsError, UserError
+from interlace.trainer.errors import UserError
+from interlace.trainer.exits import Exit, status_of
 
 AddParser = Callable[..., argparse.ArgumentParser]
 
@@ -407,22 +408,22 @@ def guarded(action: Callable[[], int]) -> int:
     except UserError as error:
         if main_rank:
             print(f"interlace: {error}", file=sys.stderr)
-        return 1 if isinstance(error, NumericsError) else 2
+        return status_of(error)
     except KeyboardInterrupt:
         if main_rank:
             print("interlace: interrupted; nothing that was committed is lost", file=sys.stderr)
-        return 130
+        return Exit.INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has left (`| head`); nobody listens to an explanation either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return Exit.DEFECT
     except Exception:
         traceback.print_exc()
         print(
             "interlace: this is a defect of interlace; the traceback above tells where",
             file=sys.stderr,
         )
-        return 1
+        return Exit.DEFECT
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -37,7 +37,21 @@ class SaveError(UserError):
     """A checkpoint that could not be written (disk full, no permission); training may go on."""
 
 
+class StorageError(SaveError):
+    """Nothing could be saved for so long that going on would risk too much work."""
+
+
 class NumericsError(UserError):
-    """Too many steps in a row with a loss or gradient that is not finite; names the evidence
-    folder.
-    """
+    """Losses, gradients or bits that cannot be right; names the evidence folder."""
+
+
+class Stalled(UserError):
+    """A rank made no progress for longer than allowed."""
+
+
+class MemoryShort(UserError):
+    """Host or device memory ran out while training."""
+
+
+class NoProgress(UserError):
+    """Several starts of a run in a row ended at the step they began with."""
