@@ -7,7 +7,7 @@ GPU_INSTALLED = $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/installed-dev
 WITHIN := PYTHONPATH=$(CURDIR) timeout
 SOURCES := kernels offload trainer launch benchmarks tests
 
-.PHONY: train test test-long lint types bench bench-transfer gpu gpu-training clean
+.PHONY: train test test-long faults lint types bench bench-transfer gpu gpu-training clean
 
 train: $(VENV)/installed
 	$(BIN)/interlace train quickstart
@@ -19,6 +19,11 @@ test: lint types
 # What make test runs in fewer ways, and whole quickstarts: forty minutes more.
 test-long: $(VENV)/installed-dev
 	$(BIN)/pytest -m long
+
+# All of tests/faults, quick ones included: half an hour on two cores, two files at a time. What
+# recovering took is written into docs/reliability.md.
+faults: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults -m "not gpu" -n 2 --dist loadfile --write-table
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check $(SOURCES)

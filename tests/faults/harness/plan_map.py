@@ -1,0 +1,134 @@
+"""Which test shows which point of the acceptance plan.
+
+A test of tests/faults says its point in its name (`test_a1_...`). What tests elsewhere show stands
+in `ELSEWHERE`, what nothing shows yet in `MISSING`, with the reason. `write_map` makes the table in
+docs/reliability.md of the three:
+
+    python tests/faults/harness/plan_map.py
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from fault_table import replace_block
+
+BEGIN, END = "<!-- map: begin -->", "<!-- map: end -->"
+
+PLAN = {
+    "A1": "killed at every failpoint",
+    "A2": "killed at random times",
+    "A3": "the commit layer alone, killed hundreds of times",
+    "A4": "killed at the same place at every start",
+    "A5": "order of writes and fsyncs",
+    "A6": "a step is never overwritten",
+    "A7": "a load that fails leaves nothing behind",
+    "A8": "killed while old checkpoints go",
+    "B1": "flipped bits in data",
+    "B2": "flipped bits in the manifest",
+    "B3": "files cut short or swollen",
+    "B4": "missing, swapped and stray files",
+    "B5": "files of two steps mixed",
+    "B6": "snapshots while updates go on",
+    "B7": "that B6 sees torn snapshots",
+    "C1": "disk full",
+    "C2": "too little space is seen before a save",
+    "C3": "failures of the background writer are told",
+    "C4": "host memory is budgeted before the start",
+    "C5": "memory runs out at the same step again",
+    "C6": "peak memory of loading",
+    "C7": "nothing leaks over many saves",
+    "D1": "resumed on as many ranks, at every step",
+    "D2": "random numbers",
+    "D3": "resumed on more or fewer ranks",
+    "D4": "resumed by another engine",
+    "D5": "checkpoints of ZeRO on another number of ranks",
+    "D6": "stopped inside accumulation, warm-up, epochs",
+    "D7": "resumed with more threads",
+    "D8": "resumed twice from one checkpoint",
+    "D9": "no row repeated or left out",
+    "E1": "a worker of Ray killed",
+    "E2": "killed right after a commit",
+    "E3": "a node of Ray killed",
+    "E4": "a node of Ray frozen and woken",
+    "E5": "a rank stopped",
+    "E6": "a rank hangs and keeps the interpreter's lock",
+    "E7": "one rank slower than the others",
+    "E8": "SIGTERM",
+    "E9": "the launching process killed",
+    "E10": "every start fails",
+    "F1": "NaN on one rank",
+    "F2": "NaN again and again",
+    "F3": "spikes of the loss",
+    "F4": "rewound, and batches skipped",
+    "F5": "a bit flipped while computing",
+    "F6": "a bit flipped in idle state",
+    "G1": "broken rows",
+    "G2": "a data worker killed",
+    "G3": "prepared data changed",
+    "G4": "the end of the data",
+    "G5": "the order of rows at any point of resumption",
+    "H1": "wrong settings",
+    "H2": "other versions",
+    "H3": "checkpoints of older code",
+    "H4": "clocks that are wrong",
+    "H5": "ranks that were started differently",
+    "I1": "nothing is unpickled",
+    "I2": "paths that lead out",
+    "I3": "headers made to exhaust memory",
+    "I4": "Ray without the token",
+    "I5": "listening sockets",
+    "I6": "permissions of files",
+    "I7": "hostile recipes",
+    "I8": "secrets",
+    "I9": "what the code may not use",
+    "J1": "random faults for minutes",
+    "J2": "every interleaving of two starts",
+}
+"""The points, and what is done to the run in each."""
+
+ELSEWHERE: dict[str, tuple[str, ...]] = {}
+"""Tests outside tests/faults that show a point, as `path::function` under tests/."""
+
+MISSING = {
+    "D4": "needs a second engine; DeepSpeed's is not built",
+    "D5": "needs a second engine; DeepSpeed's is not built",
+}
+"""Points that nothing shows yet, and why."""
+
+
+def tests_of(root: Path) -> dict[str, list[str]]:
+    """Return the tests of every point, as `path::function` under tests/."""
+    found = {point: list(ELSEWHERE.get(point, ())) for point in PLAN}
+    for path, function in functions_under(root / "tests" / "faults"):
+        if named := re.match(r"test_([a-j][0-9]+)_", function):
+            where = path.relative_to(root / "tests").as_posix()
+            found[named[1].upper()].append(f"{where}::{function}")
+    return found
+
+
+def functions_under(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield every test function below a folder."""
+    for path in sorted(folder.rglob("test_*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                yield path, node.name
+
+
+def table(root: Path) -> str:
+    """Return the map as a Markdown table."""
+    lines = ["| point | what is done | shown by, under tests/ |", "|---|---|---|"]
+    for point, names in tests_of(root).items():
+        shown = "<br>".join(f"`{name}`" for name in names)
+        lines.append(f"| {point} | {PLAN[point]} | {shown or MISSING.get(point, 'nothing')} |")
+    return "\n".join(lines)
+
+
+def write_map(root: Path) -> None:
+    """Write the table into docs/reliability.md."""
+    replace_block(root / "docs" / "reliability.md", BEGIN, END, table(root))
+
+
+if __name__ == "__main__":
+    write_map(Path(__file__).resolve().parents[3])
