@@ -2,10 +2,12 @@
 
 `failpoint("persist.half")` does nothing unless the environment variable INTERLACE_FAILPOINT names
 that place: `NAME[@VISIT][:ACTION]`, for example `persist.half@3:kill`. VISIT counts the visits of
-the point in this process from 1 (default 1); the action happens once, at that visit. ACTION is one
-of
+the point in this process from 1 (default 1); the action happens once, at that visit, or at every
+visit if VISIT is `*`. ACTION is one of
 
     kill      SIGKILL to this process (the default)
+    stop      SIGSTOP to this process, so that a test can choose what happens before it goes on
+    delay     sleep 0.2 seconds
     sigterm   SIGTERM to this process
     sigint    SIGINT to this process
     raise     raise FailpointHit
@@ -20,6 +22,7 @@ import errno
 import os
 import re
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +32,8 @@ from interlace.trainer.errors import UserError
 
 VARIABLE = "INTERLACE_FAILPOINT"
 RANK_VARIABLE = "INTERLACE_FAILPOINT_RANK"
+
+DELAY_SECONDS = 0.2
 
 FAILPOINTS = frozenset(
     {
@@ -61,7 +66,7 @@ class _Armed:
     """What the variable asks for."""
 
     name: str
-    visit: int
+    visit: int | None
     action: str
 
 
@@ -97,15 +102,16 @@ def _visit(name: str, setting: str) -> None:
     if armed.name != name or (rank is not None and _parse_rank(rank) != _own_rank()):
         return
     _visits[name] += 1
-    if _visits[name] == armed.visit:
+    if armed.visit is None or _visits[name] == armed.visit:
         _ACTIONS[armed.action](name)
 
 
 @lru_cache(maxsize=8)
 def _parse(setting: str) -> _Armed:
-    match = re.fullmatch(r"([a-z_.]+)(?:@([1-9][0-9]{0,8}))?(?::([a-z]+))?", setting)
+    match = re.fullmatch(r"([a-z_.]+)(?:@(\*|[1-9][0-9]{0,8}))?(?::([a-z]+))?", setting)
     if match is not None:
-        name, visit, action = match[1], int(match[2] or 1), match[3] or "kill"
+        name, action = match[1], match[3] or "kill"
+        visit = None if match[2] == "*" else int(match[2] or 1)
         if name in FAILPOINTS and action in _ACTIONS:
             return _Armed(name, visit, action)
     raise UserError(
@@ -143,12 +149,19 @@ def _raiser(error_number: int) -> Callable[[str], None]:
     return fail
 
 
+def _sleep(name: str) -> None:
+    del name
+    time.sleep(DELAY_SECONDS)
+
+
 def _raise_hit(name: str) -> None:
     raise FailpointHit(name)
 
 
 _ACTIONS: dict[str, Callable[[str], None]] = {
     "kill": _sender(signal.SIGKILL),
+    "stop": _sender(signal.SIGSTOP),
+    "delay": _sleep,
     "raise": _raise_hit,
     "enospc": _raiser(errno.ENOSPC),
     "eio": _raiser(errno.EIO),

@@ -70,6 +70,39 @@ def test_only_the_named_point_at_the_named_visit_fails(monkeypatch: pytest.Monke
     failpoint("persist.half")
 
 
+def test_a_star_means_every_visit(monkeypatch: pytest.MonkeyPatch) -> None:
+    arm(monkeypatch, "persist.half@*:raise")
+    for _ in range(3):
+        with pytest.raises(FailpointHit):
+            failpoint("persist.half")
+
+
+def test_a_delay_sleeps_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    arm(monkeypatch, "persist.half@2:delay")
+    for _ in range(3):
+        failpoint("persist.half")
+    assert slept == [failpoints.DELAY_SECONDS]
+
+
+def test_a_stopped_process_goes_on_when_it_is_told_to() -> None:
+    code = (
+        "from interlace.trainer.checkpoint.failpoints import failpoint\n"
+        "failpoint('step.update'); print('went on')"
+    )
+    environment = {**os.environ, failpoints.VARIABLE: "step.update:stop", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout is not None
+        assert process.stdout.read() == "went on\n"
+        assert process.wait() == 0
+
+
 def test_only_the_named_rank_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     arm(monkeypatch, "load.mid:raise", rank="1")
     failpoint("load.mid")
@@ -112,7 +145,16 @@ def test_sigint_arrives_as_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     "setting",
-    ["", "persist.opn", "persist.open@0", "persist.open@x", "persist.open:explode", ":kill", "a b"],
+    [
+        "",
+        "persist.opn",
+        "persist.open@0",
+        "persist.open@**",
+        "persist.open@x",
+        "persist.open:explode",
+        ":kill",
+        "a b",
+    ],
 )
 def test_a_bad_setting_lists_the_names(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arm(monkeypatch, setting)
@@ -121,7 +163,7 @@ def test_a_bad_setting_lists_the_names(setting: str, monkeypatch: pytest.MonkeyP
     assert str(caught.value) == (
         f"INTERLACE_FAILPOINT={setting!r} is not a failpoint, so nothing would fail where you "
         f"expect it. Write NAME[@VISIT][:ACTION], or unset it. Names: "
-        f"{', '.join(sorted(FAILPOINTS))}. Actions: kill, raise, enospc, eio, sigterm, sigint."
+        f"{', '.join(sorted(FAILPOINTS))}. Actions: kill, stop, delay, raise, enospc, eio, sigterm, sigint."
     )
 
 

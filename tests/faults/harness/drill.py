@@ -1,0 +1,220 @@
+"""Runs that are broken on purpose: start ranks, kill them, start them again, and judge.
+
+A `Template` forks ranks (see `fork_template`), an `Attempt` is one start of a run on some ranks, a
+`Drill` is a run folder with all its attempts. Kills are SIGKILL to one rank; as a launcher does,
+the others are given a while to end by themselves and are then ended.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+GRACE_SECONDS = 20.0
+"""How long ranks may go on after one of them has died, before they are ended."""
+
+LONGEST_SECONDS = 240.0
+"""A start that takes longer hangs; every run here takes seconds on a quiet machine."""
+
+
+class Template:
+    """The process that ranks are forked from, as a context manager."""
+
+    def __enter__(self) -> "Template":
+        program = Path(__file__).with_name("fork_template.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+        )
+        assert self.answer() == "ready"
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+
+    def answer(self) -> str:
+        """Return the next line that the template writes."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def order(self, **order: object) -> int:
+        """Give one order; return its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return int(self.answer())
+
+
+@dataclass
+class Rank:
+    """One process of an attempt."""
+
+    pid: int
+    descriptor: int
+    """A pidfd: readable once the process has ended, and never another process's."""
+
+    code: int | None = None
+    ended: float | None = None
+    """When it was seen to have ended, by the monotonic clock."""
+
+
+@dataclass
+class Attempt:
+    """One start of a run: its ranks and what they printed."""
+
+    template: Template
+    ranks: list[Rank]
+    outputs: list[Path]
+
+    def signal(self, number: signal.Signals, *ranks: int) -> None:
+        """Send a signal to some ranks, or to all."""
+        for rank in ranks or range(len(self.ranks)):
+            if self.ranks[rank].code is None:
+                signal.pidfd_send_signal(self.ranks[rank].descriptor, number)
+
+    def kill(self, *ranks: int) -> None:
+        """Kill some ranks at once: stopped first, so that none sees another die."""
+        self.signal(signal.SIGSTOP, *ranks)
+        self.signal(signal.SIGKILL, *ranks)
+
+    def poll(self, seconds: float) -> bool:
+        """Wait so long for a rank to end; return whether all have ended."""
+        living = {rank.descriptor: rank for rank in self.ranks if rank.code is None}
+        poller = select.poll()
+        for descriptor in living:
+            poller.register(descriptor, select.POLLIN)
+        for descriptor, _ in poller.poll(seconds * 1000) if living else []:
+            rank = living[descriptor]
+            rank.ended = time.monotonic()
+            rank.code = self.template.order(reap=rank.pid)
+            os.close(descriptor)
+        return all(rank.code is not None for rank in self.ranks)
+
+    def wait(self, longest_seconds: float = LONGEST_SECONDS) -> list[int]:
+        """Wait for every rank; return their exit codes, minus the signal for those killed.
+
+        Once one rank has failed the others may take `GRACE_SECONDS` to notice.
+        """
+        deadline = time.monotonic() + longest_seconds
+        while not self.poll(0.05):
+            failed = [rank.ended for rank in self.ranks if rank.code]
+            now = time.monotonic()
+            if now > deadline:
+                self.kill()
+                raise AssertionError(f"ranks hang:\n{self.printed()}")
+            if failed and now > min(when for when in failed if when) + GRACE_SECONDS:
+                self.kill()
+        return [rank.code for rank in self.ranks if rank.code is not None]
+
+    @property
+    def first_end(self) -> float:
+        """When the first rank ended, by the monotonic clock."""
+        return min(rank.ended for rank in self.ranks if rank.ended is not None)
+
+    def printed(self) -> str:
+        """Return what all ranks printed."""
+        return "\n".join(
+            f"--- rank {rank}\n{path.read_text(encoding='utf-8', errors='replace')}"
+            for rank, path in enumerate(self.outputs)
+            if path.is_file()
+        )
+
+
+@dataclass
+class Drill:
+    """A run folder, and whatever is started in it.
+
+    Args:
+        template: Where ranks come from.
+        home: A folder of its own; the run lies in `home/run`, the log of commits beside it.
+        words: What stands behind `interlace train`, without `run.dir`.
+    """
+
+    template: Template
+    home: Path
+    words: Sequence[str]
+    attempts: list[Attempt] = field(default_factory=list[Attempt])
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return self.home / "run"
+
+    @property
+    def ack_log(self) -> Path:
+        """The log of acknowledged commits, outside the run."""
+        return self.home / "acknowledged"
+
+    def start(
+        self,
+        ranks: int = 1,
+        failpoint: str | None = None,
+        victims: Sequence[int] = (0,),
+        environment: Mapping[str, str] | None = None,
+        words: Sequence[str] = (),
+    ) -> Attempt:
+        """Start the run, or go on with it.
+
+        Args:
+            ranks: Number of processes.
+            failpoint: A setting of INTERLACE_FAILPOINT for the ranks that `victims` names.
+            victims: These ranks.
+            environment: More variables, for all ranks.
+            words: More settings than the drill's.
+        """
+        self.home.mkdir(parents=True, exist_ok=True)
+        port = str(free_port())
+        attempt = Attempt(self.template, [], [])
+        for rank in range(ranks):
+            settings = {"INTERLACE_ACK_LOG": str(self.ack_log), **(environment or {})}
+            if ranks > 1:
+                settings |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                settings |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+                settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            if failpoint is not None and rank in victims:
+                settings["INTERLACE_FAILPOINT"] = failpoint
+            output = self.home / f"start-{len(self.attempts) + 1}-rank-{rank}.txt"
+            pid = self.template.order(
+                words=["train", *self.words, f"run.dir={self.run}", *words],
+                environment=settings,
+                folder=str(self.home),
+                output=str(output),
+            )
+            attempt.ranks.append(Rank(pid, os.pidfd_open(pid)))
+            attempt.outputs.append(output)
+        self.attempts.append(attempt)
+        return attempt
+
+    def finish(self, ranks: int = 1, words: Sequence[str] = ()) -> Attempt:
+        """Start once more and hold it to a good end."""
+        attempt = self.start(ranks, words=words)
+        codes = attempt.wait()
+        assert codes == [0] * ranks, attempt.printed()
+        return attempt
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
