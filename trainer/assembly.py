@@ -66,7 +66,7 @@ from interlace.trainer.world import World
 
 
 @contextmanager
-def open_run(config: RunConfig, world: World) -> Generator[Run]:
+def open_run(config: RunConfig, world: World, stop: StopRequest | None = None) -> Generator[Run]:
     """Build a run, yield it, close what was opened also when a step fails, and leave pictures
     behind.
     """
@@ -80,7 +80,8 @@ def open_run(config: RunConfig, world: World) -> Generator[Run]:
         if world.is_main:
             metrics = stack.enter_context(MetricsWriter(parts.folder.path, progress.step))
         stack.enter_context(engine_messages(console, parts.folder.path))
-        stop = stack.enter_context(StopRequest(announce=world.is_main))
+        stop = stop or StopRequest(world.is_main, config.checkpoint.notice_seconds)
+        stack.enter_context(stop)
         run = Run(parts, progress, console, metrics, stop)
         traces = trace_updates(parts, console)
         try:

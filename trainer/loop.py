@@ -4,13 +4,14 @@ The command line, torchrun and every other launcher end here. Each line of the l
 algorithm; the machinery behind it is in `interlace.trainer.run`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from interlace.trainer.assembly import open_run
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.run import Run
+from interlace.trainer.signals import StopRequest
 from interlace.trainer.world import World
 
 
@@ -31,18 +32,28 @@ class Outcome:
     validation_loss: float | None
 
 
-def train(config: RunConfig, world: World) -> Outcome:
+def train(
+    config: RunConfig,
+    world: World,
+    *,
+    stop: StopRequest | None = None,
+    on_commit: Callable[[int], None] | None = None,
+) -> Outcome:
     """Train a model as a recipe says, from the start or from the newest checkpoint of its run
     folder.
 
     Args:
         config: The recipe, checked.
         world: The ranks that take part; every one of them calls this.
+        launched: The handles of a launcher whose ranks do not hear signals themselves.
+        stop: Through which the caller may ask to stop, from another thread.
+        on_commit: Called on every rank with the step of each checkpoint once it is committed.
 
     Raises:
         UserError: Whatever a person can mend, before the first step where that is possible.
     """
-    with open_run(config, world) as run:
+    with open_run(config, world, stop) as run:
+        run.saving.on_commit = on_commit
         for _ in finished_steps(run):
             if run.stop_requested:
                 break

@@ -1,5 +1,7 @@
 """When a run saves itself, and what happens when that fails."""
 
+from collections.abc import Callable
+
 from interlace.trainer.checkpoint.state import Progress, save
 from interlace.trainer.errors import SaveError
 from interlace.trainer.observe.console import Console
@@ -19,6 +21,7 @@ class Saving:
         self.parts = parts
         self.saved_step = saved_step
         self.console = console
+        self.on_commit: Callable[[int], None] | None = None
 
     def save_if_due(self, progress: Progress) -> None:
         """Commit a checkpoint every so many steps; a save that fails does not stop the training."""
@@ -45,6 +48,8 @@ class Saving:
             self.console.note(f"checkpoint at step {progress.step} failed: {error}")
             return str(error)
         self.saved_step = progress.step
+        if self.on_commit is not None:
+            self.on_commit(progress.step)
         if parts.world.is_main:
             parts.folder.store.retain(keep.keep_last, keep.keep_every_steps)
         return None

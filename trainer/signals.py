@@ -2,30 +2,59 @@
 
 The handler only notes the signal. The loop asks at the end of every step, and all ranks agree on
 the answer together with the loss, so that they leave after the same step with a committed
-checkpoint.
+checkpoint. Whoever learns of the end in another way, such as a cluster's notice of preemption, says
+so with `StopRequest.ask`. A notice has an end: what cannot be saved until then is not begun.
 """
 
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Context manager that turns stop signals into a flag while it is open."""
+    """Context manager that turns stop signals into a flag while it is open.
 
-    def __init__(self, announce: bool) -> None:
+    Args:
+        announce: Whether this rank tells a person.
+        notice_seconds: How long the system waits after SIGTERM before it kills.
+    """
+
+    def __init__(self, announce: bool, notice_seconds: float = math.inf) -> None:
         self.announce = announce
+        self.notice_seconds = notice_seconds
         self.signal: signal.Signals | None = None
+        self.reason = ""
+        self.deadline = math.inf
         self.previous: dict[signal.Signals, object] = {}
 
     @property
     def received(self) -> bool:
-        """Whether a stop signal has come."""
-        return self.signal is not None
+        """Whether somebody asked to stop."""
+        return bool(self.reason)
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until this process has to be gone; infinite where nobody set an end."""
+        return self.deadline - time.monotonic()
+
+    def ask(self, reason: str, seconds_left: float = math.inf) -> None:
+        """Ask to stop after the present step; any thread may. Of several ends the first counts.
+
+        Args:
+            reason: A few words for a person, such as "the cluster takes this machine back".
+            seconds_left: How long this process may still live.
+        """
+        first = not self.received
+        self.deadline = min(self.deadline, time.monotonic() + seconds_left)
+        self.reason = self.reason or reason
+        if self.announce and first:
+            self.tell(f"{reason}: finishing this step and saving")
 
     def __enter__(self) -> "StopRequest":
         # Only the main thread may set handlers; elsewhere the embedding program keeps its own.
@@ -48,10 +77,17 @@ class StopRequest:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = signal.Signals(number)
+        # A person who types Ctrl-C waits.
+        notice = self.notice_seconds if number == signal.SIGTERM else math.inf
+        self.deadline = min(self.deadline, time.monotonic() + notice)
+        self.reason = self.reason or self.signal.name
         if self.announce:
-            name = self.signal.name
-            # A handler may interrupt a write to the same stream: write to the descriptor itself.
-            os.write(
-                sys.stderr.fileno(),
-                f"\n{name}: finishing this step and saving; once more exits at once\n".encode(),
+            self.tell(
+                f"{self.signal.name}: finishing this step and saving; once more exits at once"
             )
+
+    def tell(self, text: str) -> None:
+        """Print a line; a handler may interrupt a write to the same stream, so to the descriptor
+        itself.
+        """
+        os.write(sys.stderr.fileno(), f"\n{text}\n".encode())

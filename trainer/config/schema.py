@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from interlace.trainer.config.checkpoint_section import CheckpointSection
 from interlace.trainer.config.clip_section import CoordinateClipSection
 from interlace.trainer.config.distill_section import DistillSection
 from interlace.trainer.config.energy_section import EnergySection
+from interlace.trainer.config.guard_section import GuardSection
 from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.config.mup_section import MupSection
 from interlace.trainer.config.section import Fraction, NonNegativeInt, PositiveInt, Section
@@ -246,21 +248,6 @@ class ParallelSection(Section):
     """Groups of ranks that each hold a whole copy (HSDP); 1 shards over all ranks (FSDP2)."""
 
 
-class CheckpointSection(Section):
-    """When state is saved and which checkpoints stay."""
-
-    every_steps: NonNegativeInt = 100
-    """Steps between checkpoints; 0 saves at the end and on a signal only."""
-
-    keep_last: Annotated[int, Field(ge=1)] = 2
-    """Newest checkpoints that stay."""
-
-    keep_every_steps: NonNegativeInt = 0
-    """Checkpoints whose step is a multiple of this stay for good; 0 keeps none beyond the
-    newest.
-    """
-
-
 class ObserveSection(Section):
     """What a person sees."""
 
@@ -324,6 +311,9 @@ class RunConfig(Section):
 
     checkpoint: CheckpointSection = CheckpointSection()
     """When state is saved and which checkpoints stay."""
+
+    guard: GuardSection = GuardSection()
+    """What is done about numbers that cannot be right."""
 
     observe: ObserveSection = ObserveSection()
     """What a person sees."""
