@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NoReturn
 
+from interlace.launch.launchers.parser import add_launch
 from interlace.launch.mup.parser import add_mup
 from interlace.launch.sweep.parser import add_sweep
 from interlace.trainer.errors import UserError
@@ -32,7 +33,7 @@ examples:
   interlace train --resume runs/quickstart-0001     continue after a kill or Ctrl-C
   interlace sample runs/quickstart-0001 --prompt "def "
   interlace plan quickstart model.width=512         what would happen, without doing it
-  torchrun --nproc-per-node 2 -m interlace.launch.torchrun quickstart
+  interlace launch torchrun quickstart --nproc 2    two ranks; slurm, ray, ... likewise
 """
 
 
@@ -109,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     recipes.add_argument("--json", action="store_true", help="print JSON")
     train = add(commands, "train", "train a model, or continue a run", recipe=True, optional=True)
     train.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    add_launch(commands)
     add_plan(commands)
     add_profile(commands)
     add_mup(commands)

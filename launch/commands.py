@@ -44,13 +44,32 @@ def train(arguments: Namespace) -> int:
     return 0
 
 
+def launch(arguments: Namespace) -> int:
+    """Start a run on several processes, machines, or a cluster."""
+    recipe = recipe_to_train(arguments)
+    if arguments.launcher == "torchrun":
+        from interlace.launch.launchers.torchrun import launch_torchrun
+
+        return launch_torchrun(arguments, recipe)
+    if arguments.launcher == "ray":
+        from interlace.launch.launchers.ray.command import launch_ray
+
+        return launch_ray(arguments, recipe)
+    from interlace.launch.launchers.jobs import launch_job
+
+    return launch_job(arguments, recipe)
+
+
 def recipe_to_train(arguments: Namespace) -> Recipe:
     """Return the recipe that `train` was given, or the one of the run to resume."""
     overrides = list(arguments.overrides)
     if arguments.resume is None:
         if arguments.recipe is None:
             known = ", ".join(list_recipes())
-            raise ConfigError([f"train needs a recipe ({known}, or a TOML file) or --resume RUN"])
+            command = arguments.command
+            raise ConfigError(
+                [f"{command} needs a recipe ({known}, or a TOML file) or --resume RUN"]
+            )
         return load_recipe(arguments.recipe, overrides)
     if arguments.recipe is not None:
         if "=" not in arguments.recipe:

@@ -42,6 +42,9 @@ NOTED_SETTINGS = ("model.attention_backend", "model.plugins")
 files may have been moved.
 """
 
+PRIVATE = 0o700
+"""Mode of a run folder: what is trained on shows in it, in samples and in the tokenizer."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -84,7 +87,7 @@ def open_run_folder(config: RunConfig) -> RunFolder:
     notes: tuple[str, ...] = ()
     if resumes:
         notes = continuation_notes(read_config(path, config.model.plugins), config, path)
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True, mode=PRIVATE)
     return RunFolder(path, resumes, notes)
 
 
@@ -94,6 +97,17 @@ def next_folder(name: str) -> Path:
     runs = Path("runs")
     taken = [int(m[1]) for p in runs.glob(f"{name}-*") if (m := pattern.fullmatch(p.name))]
     return runs / f"{name}-{max(taken, default=0) + 1:04d}"
+
+
+def claim_next_folder(name: str) -> Path:
+    """Make the first `runs/<name>-<number>` that nothing uses, so that nobody else takes it."""
+    while True:
+        folder = next_folder(name)
+        try:
+            folder.mkdir(parents=True, mode=PRIVATE)
+        except FileExistsError:
+            continue
+        return folder
 
 
 def continuation_notes(saved: RunConfig, asked: RunConfig, path: Path) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Jobs for schedulers, as text with `$NAMES` that `interlace.launch.launchers.templates` fills."""
