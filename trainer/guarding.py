@@ -3,6 +3,7 @@
 from interlace.trainer.checkpoint.state import Progress
 from interlace.trainer.errors import NumericsError
 from interlace.trainer.evidence import save_evidence
+from interlace.trainer.guards.spikes import STOP_WITHIN, SpikeMemory, spike_in
 from interlace.trainer.observe.console import Console
 from interlace.trainer.parts import Parts
 
@@ -23,17 +24,46 @@ class Guarding:
         """Return the counters after this step; whether its update is left out shows in them.
 
         An update is left out if loss or gradient are not finite, unless the update rule guards
-        against single coordinates that are not.
+        against single coordinates that are not; and if they stand out far above the recent ones.
 
         Raises:
-            NumericsError: Too many such steps in a row; the evidence is in the run folder.
+            NumericsError: Too many such steps; the evidence is in the run folder.
         """
-        bad = not (is_finite(loss) and is_finite(norm))
-        skipped = bad and not self.parts.state.optimizer.guards
-        after = advance(progress, self.parts.plan.tokens_per_step, bad, skipped)
-        if bad:
-            self.report_bad_step(step, after.skipped_in_a_row, loss, norm)
-        return after
+        if not (is_finite(loss) and is_finite(norm)):
+            skipped = not self.parts.state.optimizer.guards
+            after = advance(progress, self.parts.plan.tokens_per_step, skipped=skipped)
+            count = progress.skipped_in_a_row + 1
+            self.report_bad_step(step, count, loss, norm)
+            return after.model_copy(update={"skipped_in_a_row": count})
+        settings, memory = self.parts.config.guard, progress.spikes
+        spike = spike_in(memory, loss, norm, settings.spike_sigmas, settings.spike_window)
+        after = advance(progress, self.parts.plan.tokens_per_step, skipped=spike is not None)
+        if spike is not None:
+            memory = memory.after_skip(step + 1)
+            self.report_spike(step, memory, spike)
+            return after.model_copy(update={"spikes": memory})
+        if settings.spike_sigmas:
+            memory = memory.accepted(loss, norm, settings.spike_window)
+        return after.model_copy(update={"spikes": memory, "skipped_in_a_row": 0})
+
+    def report_spike(self, step: int, memory: SpikeMemory, spike: str) -> None:
+        """Tell of a step that is skipped as a spike; stop the run when there were too many."""
+        parts, settings = self.parts, self.parts.config.guard
+        count, limit = len(memory.recent), settings.max_spikes
+        self.console.note(
+            f"step {step + 1}: {spike}, {settings.spike_sigmas:g} standard deviations above the "
+            f"mean of the last {len(memory.losses)} steps; update skipped ({count} within "
+            f"{STOP_WITHIN} steps, {limit} stop the run)"
+        )
+        if count < limit:
+            return
+        folder = save_evidence(parts.folder.path, step, parts.batches, parts.state)
+        raise NumericsError(
+            f"{count} updates within {STOP_WITHIN} steps were skipped as spikes "
+            f"(guard.max_spikes={limit}), of steps {', '.join(map(str, memory.recent))}; of the "
+            f"last, {spike}. The evidence is in {folder}; the newest checkpoint is untouched. "
+            f"Lower optimizer.peak_lr={parts.config.optimizer.peak_lr}, and resume."
+        )
 
     def report_bad_step(self, step: int, count: int, loss: float, norm: float) -> None:
         """Tell of a step that is not finite, before its update where there is one; stop the run
@@ -67,14 +97,14 @@ class Guarding:
         )
 
 
-def advance(progress: Progress, tokens: int, bad: bool, skipped: bool) -> Progress:
-    """Return the counters after one more step, bad or not, whose update was skipped or not."""
-    return Progress(
-        step=progress.step + 1,
-        tokens=progress.tokens + tokens,
-        skipped_steps=progress.skipped_steps + skipped,
-        skipped_in_a_row=progress.skipped_in_a_row + 1 if bad else 0,
-    )
+def advance(progress: Progress, tokens: int, *, skipped: bool) -> Progress:
+    """Return the counters after one more step, whose update was skipped or not."""
+    moved = {
+        "step": progress.step + 1,
+        "tokens": progress.tokens + tokens,
+        "skipped_steps": progress.skipped_steps + skipped,
+    }
+    return progress.model_copy(update=moved)
 
 
 def is_finite(value: float) -> bool:

@@ -37,6 +37,7 @@ from interlace.trainer.checkpoint.tensors import (
     write_tensors,
 )
 from interlace.trainer.errors import CheckpointError, SaveError
+from interlace.trainer.guards.spikes import SpikeMemory
 from interlace.trainer.world import World
 
 
@@ -52,10 +53,13 @@ class Progress(BaseModel):
     """Tokens consumed."""
 
     skipped_steps: int = 0
-    """Steps whose update was left out because loss or gradient was not finite."""
+    """Steps whose update was left out: loss or gradient was not finite, or a spike."""
 
     skipped_in_a_row: int = 0
     """Steps since the last good one whose loss or gradient was not finite, skipped or not."""
+
+    spikes: SpikeMemory = SpikeMemory()
+    """What the spike rule remembers."""
 
 
 class RandomState(BaseModel):

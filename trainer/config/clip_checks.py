@@ -44,9 +44,11 @@ def largest_norm(config: RunConfig) -> float | None:
 
 
 def waits_for_all_gradients(config: RunConfig) -> bool:
-    """Whether an update needs to know all gradients, which it does after backward only."""
+    """Whether an update needs to know all gradients, which it does after backward only: for their
+    norm, a quantile, or because it may be skipped as a spike.
+    """
     whole = clips_coordinates(config) and config.coordinate_clip.policy == "global_quantile"
-    return whole or largest_norm(config) is not None
+    return whole or largest_norm(config) is not None or config.guard.spike_sigmas > 0
 
 
 def overlap_is_exact(config: RunConfig) -> str | None:

@@ -15,6 +15,7 @@ from interlace.trainer.config.clip_section import CoordinateClipSection
 from interlace.trainer.config.distill_section import DistillSection
 from interlace.trainer.config.energy_section import EnergySection
 from interlace.trainer.config.guard_section import GuardSection
+from interlace.trainer.config.guard_section import GuardSection
 from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.config.mup_section import MupSection
 from interlace.trainer.config.section import Fraction, NonNegativeInt, PositiveInt, Section
@@ -311,6 +312,9 @@ class RunConfig(Section):
 
     checkpoint: CheckpointSection = CheckpointSection()
     """When state is saved and which checkpoints stay."""
+
+    guard: GuardSection = GuardSection()
+    """What is done about numbers that cannot be right."""
 
     guard: GuardSection = GuardSection()
     """What is done about numbers that cannot be right."""

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 SECTIONS = (
     "run, model, data, train, distill, energy, optimizer, coordinate_clip, mup, offload, parallel, "
-    "checkpoint, observe, sharpness"
+    "checkpoint, guard, observe, sharpness"
 )
 
 WRONG_OVERRIDES = {
