@@ -45,7 +45,6 @@ def train(
     Args:
         config: The recipe, checked.
         world: The ranks that take part; every one of them calls this.
-        launched: The handles of a launcher whose ranks do not hear signals themselves.
         stop: Through which the caller may ask to stop, from another thread.
         on_commit: Called on every rank with the step of each checkpoint once it is committed.
 
