@@ -14,7 +14,7 @@ import torch
 from interlace.offload.hardware import resident_bytes
 from interlace.offload.report import UpdateReport
 from interlace.trainer.batches import Batch
-from interlace.trainer.checkpoint.failpoints import failpoint
+from interlace.trainer.checkpoint.failpoints import disturbed, failpoint
 from interlace.trainer.checkpoint.state import Progress
 from interlace.trainer.diagnostics import (
     AskedAfterUpdate,
@@ -120,7 +120,7 @@ class Run:
         failpoint("step.forward")
         loss = self.parts.objective.loss(self.parts.model, batch)
         failpoint("step.backward")
-        (loss.objective / self.plan.accumulation).backward()
+        disturbed("step.loss", loss.objective / self.plan.accumulation).backward()
         return loss
 
     def gradient_norm(self) -> float:

@@ -13,12 +13,15 @@ visit if VISIT is `*`. ACTION is one of
     raise     raise FailpointHit
     enospc    raise OSError: no space left on device
     eio       raise OSError: input/output error
+    nan       make the number here NaN (at `step.loss` only, as `spike`)
+    spike     make the number here a hundred times what it is
 
 INTERLACE_FAILPOINT_RANK limits it to the process whose RANK (0 if unset) is that number. There is
 no other way to arm a point, so a normal run cannot trip over one.
 """
 
 import errno
+import math
 import os
 import re
 import signal
@@ -27,6 +30,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol, Self, TypeVar
 
 from interlace.trainer.errors import UserError
 
@@ -52,6 +56,7 @@ FAILPOINTS = frozenset(
         "retain.mid",
         "step.backward",
         "step.forward",
+        "step.loss",
         "step.update",
     }
 )
@@ -85,10 +90,34 @@ def failpoint(name: str) -> None:
         FailpointHit: The armed action is `raise`.
         OSError: The armed action is `enospc` or `eio`.
     """
-    assert name in FAILPOINTS, f"failpoint {name!r} is not registered"
-    setting = os.environ.get(VARIABLE)
-    if setting is not None:
-        _visit(name, setting)
+    action = _armed_action(name)
+    if action is not None:
+        _ACTIONS[action](name)
+
+
+class Scales(Protocol):
+    """A number, or a tensor."""
+
+    def __mul__(self, factor: float, /) -> Self: ...
+
+
+Number = TypeVar("Number", bound=Scales)
+
+
+def disturbed(name: str, number: Number) -> Number:
+    """Return a number as it is, or what the armed action makes of it; other actions fail as at any
+    point.
+
+    Raises:
+        UserError: The variable holds something that is not a failpoint setting.
+    """
+    action = _armed_action(name)
+    if action is None:
+        return number
+    if action in _FACTORS:
+        return number * _FACTORS[action]
+    _ACTIONS[action](name)
+    return number
 
 
 def forget_visits() -> None:
@@ -96,14 +125,18 @@ def forget_visits() -> None:
     _visits.clear()
 
 
-def _visit(name: str, setting: str) -> None:
+def _armed_action(name: str) -> str | None:
+    """Count a visit; return what is to happen at it."""
+    assert name in FAILPOINTS, f"failpoint {name!r} is not registered"
+    setting = os.environ.get(VARIABLE)
+    if setting is None:
+        return None
     armed = _parse(setting)
     rank = os.environ.get(RANK_VARIABLE)
     if armed.name != name or (rank is not None and _parse_rank(rank) != _own_rank()):
-        return
+        return None
     _visits[name] += 1
-    if armed.visit is None or _visits[name] == armed.visit:
-        _ACTIONS[armed.action](name)
+    return armed.action if armed.visit is None or _visits[name] == armed.visit else None
 
 
 @lru_cache(maxsize=8)
@@ -112,12 +145,12 @@ def _parse(setting: str) -> _Armed:
     if match is not None:
         name, action = match[1], match[3] or "kill"
         visit = None if match[2] == "*" else int(match[2] or 1)
-        if name in FAILPOINTS and action in _ACTIONS:
+        if name in FAILPOINTS and (action in _ACTIONS or (action, name) in _DISTURBANCES):
             return _Armed(name, visit, action)
     raise UserError(
         f"{VARIABLE}={setting!r} is not a failpoint, so nothing would fail where you expect it. "
         f"Write NAME[@VISIT][:ACTION], or unset it. Names: {', '.join(sorted(FAILPOINTS))}. "
-        f"Actions: {', '.join(_ACTIONS)}."
+        f"Actions: {', '.join([*_ACTIONS, *_FACTORS])}."
     )
 
 
@@ -168,3 +201,8 @@ _ACTIONS: dict[str, Callable[[str], None]] = {
     "sigterm": _sender(signal.SIGTERM),
     "sigint": _sender(signal.SIGINT),
 }
+
+_FACTORS = {"nan": math.nan, "spike": 100.0}
+
+# Elsewhere there is no number that they could change.
+_DISTURBANCES = {(action, "step.loss") for action in _FACTORS}

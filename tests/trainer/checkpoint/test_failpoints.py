@@ -1,6 +1,7 @@
 """Failpoints do nothing unless armed, then do one thing, once, at the visit that was asked for."""
 
 import errno
+import math
 import os
 import re
 import signal
@@ -11,7 +12,12 @@ from pathlib import Path
 import pytest
 
 from interlace.trainer.checkpoint import failpoints
-from interlace.trainer.checkpoint.failpoints import FAILPOINTS, FailpointHit, failpoint
+from interlace.trainer.checkpoint.failpoints import (
+    FAILPOINTS,
+    FailpointHit,
+    disturbed,
+    failpoint,
+)
 from interlace.trainer.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -46,7 +52,7 @@ def test_every_registered_point_is_called_in_the_code() -> None:
     stages = set(re.findall(r'write_durably\([^)]*"([a-z]+)"\)', text))
     suffixes = set(re.findall(r'f"\{stage\}\.([a-z_]+)"', text))
     called = literal | {f"{stage}.{suffix}" for stage in stages for suffix in suffixes}
-    in_other_modules = {"load.mid", "step.backward", "step.forward", "step.update"}
+    in_other_modules = {"load.mid", "step.backward", "step.forward", "step.loss", "step.update"}
     assert called | in_other_modules == FAILPOINTS
 
 
@@ -75,6 +81,20 @@ def test_a_star_means_every_visit(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         with pytest.raises(FailpointHit):
             failpoint("persist.half")
+
+
+def test_a_number_is_disturbed_at_its_visit_and_else_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert disturbed("step.loss", 2.0) == 2.0
+    arm(monkeypatch, "step.loss@2:nan")
+    assert disturbed("step.loss", 2.0) == 2.0
+    assert math.isnan(disturbed("step.loss", 2.0))
+    arm(monkeypatch, "step.loss@*:spike")
+    assert disturbed("step.loss", 2.0) == 200.0
+    arm(monkeypatch, "step.loss@*:raise")
+    with pytest.raises(FailpointHit):
+        disturbed("step.loss", 2.0)
 
 
 def test_a_delay_sleeps_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +172,7 @@ def test_sigint_arrives_as_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None
         "persist.open@**",
         "persist.open@x",
         "persist.open:explode",
+        "persist.open:nan",
         ":kill",
         "a b",
     ],
@@ -163,7 +184,8 @@ def test_a_bad_setting_lists_the_names(setting: str, monkeypatch: pytest.MonkeyP
     assert str(caught.value) == (
         f"INTERLACE_FAILPOINT={setting!r} is not a failpoint, so nothing would fail where you "
         f"expect it. Write NAME[@VISIT][:ACTION], or unset it. Names: "
-        f"{', '.join(sorted(FAILPOINTS))}. Actions: kill, stop, delay, raise, enospc, eio, sigterm, sigint."
+        f"{', '.join(sorted(FAILPOINTS))}. Actions: kill, stop, "
+        "delay, raise, enospc, eio, sigterm, sigint, nan, spike."
     )
 
 
