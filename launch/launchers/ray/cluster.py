@@ -1,0 +1,168 @@
+"""A Ray of our own on this machine, or one that is there already.
+
+One of our own is closed to everybody else: a token that only this user can read, addresses of the
+loopback interface, no dashboard, and a temporary folder of mode 0700 around Ray's own, which Ray
+makes 0777. It ends with the context, and so do its files.
+"""
+
+import importlib.util
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import interlace
+from interlace.launch.launchers.ray.request import CPU_WORKERS, Request, Workers
+from interlace.trainer.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
+
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Shared memory of our own Ray; only the package and a few numbers go through it."""
+
+SETTINGS: Mapping[str, str] = {
+    # Errors of ranks and reports of commits are noticed by polling.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A worker of a machine that hangs is given up after so long.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+    # Ranks print through the bridge, and find their folder themselves.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Environment of Ray in the launching process, where the user has set nothing else."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray that this process is connected to.
+
+    Attributes:
+        own: Whether it ends with this process.
+        scratch: A folder for records of Ray Train; nothing is read from it.
+        workers: How many ranks a run may have.
+        cpus_per_worker: Cores that each reserves.
+        gpus: GPUs of the cluster.
+    """
+
+    own: bool
+    scratch: Path
+    workers: Workers
+    cpus_per_worker: int
+    gpus: int
+
+
+def check_ray() -> None:
+    """Raise `ConfigError` if Ray Train is not installed."""
+    missing = [name for name in ("ray", "pyarrow") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            [
+                f"launch ray: {' and '.join(missing)} cannot be imported; type  "
+                "pip install 'interlace[ray]'  or use  interlace launch torchrun"
+            ]
+        )
+
+
+@contextmanager
+def connected(request: Request) -> Generator[Cluster]:
+    """Start a Ray of our own or join one; leave it, or end it, with the context."""
+    check_ray()
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    folder = Path(tempfile.mkdtemp(prefix="interlace-ray-"))
+    try:
+        opened = start_own(request, folder) if request.address == "local" else join(request, folder)
+        try:
+            yield opened
+        finally:
+            import ray
+
+            ray.shutdown()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_own(request: Request, folder: Path) -> Cluster:
+    """Start a Ray on this machine that nobody else can use."""
+    token = folder / "token"
+    descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    import ray
+    import torch
+
+    gpus = torch.cuda.device_count()
+    workers = request.workers or Workers(gpus or CPU_WORKERS, gpus or CPU_WORKERS)
+    cores = os.cpu_count() or 1
+    cpus = request.cpus_per_worker or max(1, cores // workers.most)
+    ray.init(
+        address="local",
+        num_cpus=max(cores, cpus * workers.most),
+        num_gpus=gpus,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": local_environment()},
+        _node_ip_address=LOOPBACK,
+        _temp_dir=str(folder / "ray"),
+    )
+    return Cluster(True, folder, workers, cpus, gpus)
+
+
+def join(request: Request, folder: Path) -> Cluster:
+    """Connect to a cluster that is there already."""
+    import ray
+
+    ray.init(
+        address=request.address,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env=shipped(),
+    )
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    workers = request.workers or Workers(gpus or CPU_WORKERS, gpus or CPU_WORKERS)
+    return Cluster(False, folder, workers, request.cpus_per_worker or 1, gpus)
+
+
+def package_folder() -> Path:
+    """Return the folder of the package `interlace`."""
+    return Path(interlace.__file__).parent
+
+
+def local_environment() -> dict[str, str]:
+    """Return the environment of ranks on this machine: they import what this process imports."""
+    before = os.environ.get("PYTHONPATH")
+    here = str(package_folder().parent)
+    return {
+        "PYTHONPATH": here if not before else f"{here}{os.pathsep}{before}",
+        # Only the loopback interface, as all of our own Ray.
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    }
+
+
+def shipped() -> dict[str, Any]:
+    """Return a runtime environment that takes this package along to other machines."""
+    passed = ("INTERLACE_", "GLOO_", "NCCL_")
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(passed) or name == "OMP_NUM_THREADS"
+    }
+    return {
+        "py_modules": [str(package_folder())],
+        "excludes": ["__pycache__"],
+        "env_vars": variables,
+    }
