@@ -12,18 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from interlace.trainer.checkpoint.commit import FileRecord, write_file
+from interlace.trainer.checkpoint.header import Expected, check_header
 from interlace.trainer.errors import CheckpointError
 
-Extent = tuple[int, ...]
+Extent = tuple[Annotated[int, Field(ge=0)], ...]
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -34,6 +35,7 @@ DTYPE_NAMES = {
     torch.int32: "I32",
     torch.uint8: "U8",
 }
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Slice(BaseModel):
@@ -207,6 +209,8 @@ def parse_index(document: object) -> TensorIndex:
     except ValidationError as error:
         raise CheckpointError(f"the tensor index of the manifest is malformed: {error}") from error
     for name, entry in index.items():
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(f"tensor {name}: no checkpoint holds the dtype {entry.dtype!r}")
         check_coverage(name, entry)
     return index
 
@@ -222,6 +226,20 @@ class TensorReader:
     def __init__(self, index: TensorIndex, files: Mapping[str, Path]) -> None:
         self.index = index
         self.files = files
+
+    def check_file(self, name: str) -> None:
+        """Check that a file holds exactly the tensors that the index places in it.
+
+        Raises:
+            CheckpointError: It does not.
+        """
+        expected: dict[str, Expected] = {}
+        for tensor, entry in self.index.items():
+            for held in entry.slices:
+                if held.file == name:
+                    width = DTYPES[entry.dtype].itemsize
+                    expected[tensor] = Expected(entry.dtype, width, held.shape)
+        check_header(self.files[name], expected)
 
     def files_for(self, wanted: Mapping[str, LocalPart]) -> set[str]:
         """Return the names of the files that hold some element of the wanted parts."""
@@ -266,8 +284,7 @@ class TensorReader:
     def read_whole(self, name: str) -> torch.Tensor:
         """Return one whole tensor on the CPU."""
         entry = self.index[name]
-        dtype = next(kind for kind, label in DTYPE_NAMES.items() if label == entry.dtype)
-        whole = torch.empty(entry.shape, dtype=dtype)
+        whole = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         self.read_into(name, LocalPart(whole, (0,) * whole.ndim, entry.shape, owned=False))
         return whole
 
