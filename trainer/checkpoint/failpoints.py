@@ -54,6 +54,8 @@ FAILPOINTS = frozenset(
         "publish.post_rename",
         "publish.pre_rename",
         "retain.mid",
+        "snap.begin",
+        "snap.chunk",
         "step.backward",
         "step.forward",
         "step.loss",
