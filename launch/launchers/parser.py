@@ -19,7 +19,7 @@ examples:
   interlace launch ray quickstart --workers 2              the same two under Ray
   interlace launch slurm gpt_1b_offload --nodes 4 --dry-run
   interlace launch kubernetes gpt_1b_offload --nodes 4 --image REPOSITORY/IMAGE:TAG --dry-run
-  interlace launch skypilot gpt_1b_offload --nodes 2 --accelerators H100:8 --dry-run
+  interlace launch skypilot gpt_1b_offload --nodes 2 --image REPOSITORY/IMAGE:TAG --dry-run
 
 Exit statuses are those of the failing rank; docs/reliability.md has the table.
 """
@@ -55,21 +55,21 @@ examples:
 """
 
 KUBERNETES_EXAMPLES = """\
-A RayJob of KubeRay: one head and a worker per node, which ask the cluster for a token. The run
-folder lies on a volume that all of them mount, so that a new start continues the run.
+A RayJob of KubeRay: a head and a worker per node, which admit nobody without the cluster's token.
+The run folder lies on a volume that all of them mount, so that a new start continues the run.
 
 examples:
   interlace launch kubernetes gpt_1b_offload --nodes 4 --image REPOSITORY/IMAGE:TAG --dry-run
-  interlace launch kubernetes mine.toml --nodes 2 --image REPOSITORY/IMAGE:TAG --volume my-claim
+  interlace launch kubernetes mine.toml --nodes 2 --image REPOSITORY/IMAGE:TAG --volume claim
 """
 
 SKYPILOT_EXAMPLES = """\
-A managed job of SkyPilot: `interlace launch torchrun` on every node. The run folder lies in a
-bucket that outlives the machines, so that the job that replaces a preempted one continues the run.
+A managed job of SkyPilot: `interlace launch torchrun` on every node. The run folder lies on a
+volume that outlives the machines, so that the job that replaces a preempted one continues the run.
 
 examples:
-  interlace launch skypilot gpt_1b_offload --nodes 2 --accelerators H100:8 --dry-run
-  interlace launch skypilot mine.toml --nodes 4 --accelerators A100:8 --bucket my-runs
+  interlace launch skypilot gpt_1b_offload --nodes 2 --image REPOSITORY/IMAGE:TAG --dry-run
+  interlace launch skypilot mine.toml --accelerators A100:8 --image REPOSITORY/IMAGE:TAG
 """
 
 
@@ -183,7 +183,7 @@ def add_kubernetes(places: AddParser) -> None:
     summary = "a RayJob for a Kubernetes cluster with KubeRay"
     kubernetes = described(places, "kubernetes", summary, KUBERNETES_EXAMPLES)
     add_run_words(kubernetes, resumes=False)
-    kubernetes.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
+    kubernetes.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
     kubernetes.add_argument(
         "--gpus-per-node",
         type=int,
@@ -191,15 +191,7 @@ def add_kubernetes(places: AddParser) -> None:
         metavar="G",
         help="GPUs of each (default 8; 0: none)",
     )
-    kubernetes.add_argument(
-        "--image", required=True, metavar="IMAGE", help="image with interlace[ray] in it"
-    )
-    kubernetes.add_argument(
-        "--volume",
-        default="interlace-runs",
-        metavar="CLAIM",
-        help="claim of a volume that many nodes may write (default interlace-runs)",
-    )
+    add_image_and_volume(kubernetes)
     kubernetes.add_argument("--namespace", metavar="NAME", help="namespace of the job")
     add_dry_run(kubernetes, "kubectl")
 
@@ -213,13 +205,21 @@ def add_skypilot(places: AddParser) -> None:
     skypilot.add_argument(
         "--accelerators", default="H100:8", metavar="NAME:N", help="GPUs of each (default H100:8)"
     )
-    skypilot.add_argument(
-        "--bucket",
+    add_image_and_volume(skypilot)
+    add_dry_run(skypilot, "sky")
+
+
+def add_image_and_volume(launcher: argparse.ArgumentParser) -> None:
+    """Add what a job on machines that come and go needs: our programs, and a place that stays."""
+    launcher.add_argument(
+        "--image", required=True, metavar="IMAGE", help="image with interlace[ray] in it"
+    )
+    launcher.add_argument(
+        "--volume",
         default="interlace-runs",
         metavar="NAME",
-        help="bucket that keeps the run folder (default interlace-runs)",
+        help="volume that all nodes may write, for the run folder (default interlace-runs)",
     )
-    add_dry_run(skypilot, "sky")
 
 
 def add_dry_run(launcher: argparse.ArgumentParser, program: str) -> None:

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from interlace.trainer.checkpoint.commit import CheckpointStore
+from interlace.trainer.ends import CONSEQUENCES, describe_end, first_failure
 from interlace.trainer.exits import RESTARTABLE, Exit
 
 FIRST_PAUSE_SECONDS = 1.0
@@ -56,10 +58,20 @@ class Budget:
 
 @dataclass
 class Stop:
-    """Hands stop signals on to whatever runs; the third ends it at once."""
+    """Hands stop signals on to whatever runs, while it is open; the third ends that at once."""
 
     process: Process | None = None
     received: list[int] = field(default_factory=list[int])
+    before: dict[int, Any] = field(default_factory=dict[int, Any])
+
+    def __enter__(self) -> "Stop":
+        for number in SIGNALS:
+            self.before[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Note a signal and pass it on."""
@@ -75,27 +87,65 @@ class Stop:
             time.sleep(min(0.1, left))
 
 
-def supervise(
-    start: Callable[[int], Process],
-    reason: Callable[[int], int],
-    folder: Path,
-    max_restarts: int,
-) -> int:
+@dataclass(frozen=True)
+class Failure:
+    """Why the ranks of one start ended.
+
+    Attributes:
+        status: Exit status of the rank that failed first.
+        line: What happened, in a line.
+        page: The same with its traceback; empty where nothing is on record.
+    """
+
+    status: int
+    line: str
+    page: str
+
+    @property
+    def restartable(self) -> bool:
+        """Whether a new start may cure it: an error that `RESTARTABLE` names, or an end by a signal
+        (128 and its number) other than Ctrl-C.
+        """
+        by_signal = self.status > 128 and self.status != Exit.INTERRUPTED
+        return self.status in RESTARTABLE or by_signal
+
+
+def failure_of(folder: Path, before: int, status: int) -> Failure:
+    """Return why ranks ended.
+
+    Args:
+        folder: Run folder, where every rank leaves how it failed.
+        before: Attempt that was the newest one before the start.
+        status: Exit status of the process that held the ranks, used where no rank has left any.
+    """
+    name = signal.Signals(status - 128).name if status > 128 else ""
+    line = f"a rank was ended by {name}" if name else f"the ranks ended with status {status}"
+    end = first_failure(folder, before)
+    if end is None:
+        return Failure(status, line, "")
+    if end.kind in CONSEQUENCES:
+        # Whoever failed first could not say so.
+        return Failure(status, line, describe_end(end))
+    line = f"rank {end.rank}: {end.reason.splitlines()[0] if end.reason else end.kind}"
+    return Failure(status if end.status is None else end.status, line, describe_end(end))
+
+
+def supervise(start: Callable[[int], Process], folder: Path, max_restarts: int) -> int:
     """Keep a run going until it is finished, asked to stop, or beyond help.
 
     Args:
         start: Starts the ranks for the so-manieth time, from 0.
-        reason: Returns the status of the rank that failed first, given that of the process.
         folder: Run folder.
         max_restarts: New starts in a row that bring no new checkpoint.
 
     Returns:
         Exit status of the run.
     """
-    budget, stop, attempt = Budget(max_restarts, newest_step(folder)), Stop(), 0
-    before = {number: signal.signal(number, stop.receive) for number in SIGNALS}
-    try:
+    store, stop = CheckpointStore(folder / "checkpoints"), Stop()
+    budget, attempt = Budget(max_restarts, newest_step(store)), 0
+    with stop:
         while True:
+            before = store.live_attempt()
             stop.process = start(attempt)
             if stop.received:
                 # It came while the process was being made.
@@ -103,28 +153,17 @@ def supervise(
             status = ended(stop.process.wait())
             if status == 0 or stop.received:
                 return Exit.INTERRUPTED if status > 128 else status
-            status = reason(status)
-            pause = budget.pause(newest_step(folder)) if restartable(status) else None
-            if pause is None:
-                return status
-            say(
-                f"ranks ended with status {status}; start {budget.failures} of "
-                f"{budget.limit} from step {budget.step} in {pause:.0f} s"
-            )
-            stop.sleep(pause)
-            if stop.received:
-                return Exit.INTERRUPTED
+            failure = failure_of(folder, before, status)
+            pause = budget.pause(newest_step(store)) if failure.restartable else None
+            if pause is not None:
+                again = f"start {budget.failures} of {budget.limit} from step {budget.step}"
+                say(f"{failure.line}; {again} in {pause:.0f} s")
+                stop.sleep(pause)
+            if pause is None or stop.received:
+                if failure.page:
+                    say(f"the first failure was\n{failure.page}")
+                return failure.status
             attempt += 1
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def restartable(status: int) -> bool:
-    """Whether a new start may cure what a rank ended with: an error that `RESTARTABLE` names, or a
-    signal (128 and its number) other than Ctrl-C.
-    """
-    return status in RESTARTABLE or (status > 128 and status != Exit.INTERRUPTED)
 
 
 def ended(code: int) -> int:
@@ -132,9 +171,9 @@ def ended(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def newest_step(folder: Path) -> int:
+def newest_step(store: CheckpointStore) -> int:
     """Return the newest committed step of a run, 0 where there is none."""
-    return max(CheckpointStore(folder / "checkpoints").committed_steps(), default=0)
+    return max(store.committed_steps(), default=0)
 
 
 def say(text: str) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from interlace.launch.launchers.request import FixedRun, fixed_run, positive, refuse
 from interlace.launch.launchers.supervising import Process, say, supervise
 from interlace.trainer.config.load import Recipe
+from interlace.trainer.ends import LAUNCHER_VARIABLE
 
 RANK_MODULE = "interlace.launch.torchrun"
 PORTS = 16
@@ -59,7 +60,7 @@ class Ranks:
 
     def environment(self) -> Mapping[str, str]:
         """Return the environment of this machine's ranks."""
-        own = dict(os.environ)
+        own = {**os.environ, LAUNCHER_VARIABLE: "torchrun"}
         if "OMP_NUM_THREADS" not in own:
             # torchrun would set 1 for all of them, whatever the machine has.
             own["OMP_NUM_THREADS"] = str(threads_of_each(self.per_node))
@@ -82,7 +83,7 @@ def launch_torchrun(arguments: Namespace, recipe: Recipe) -> int:
     """Start ranks, and start them again while that may help; return the exit status."""
     ranks = ranks_of(arguments, recipe)
     say(f"{ranks.per_node} ranks on this machine, run folder {ranks.run.folder}")
-    return supervise(ranks.start, lambda status: status, ranks.run.folder, arguments.max_restarts)
+    return supervise(ranks.start, ranks.run.folder, arguments.max_restarts)
 
 
 def ranks_of(arguments: Namespace, recipe: Recipe) -> Ranks:
