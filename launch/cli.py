@@ -429,7 +429,11 @@ def guarded(action: Callable[[], int]) -> int:
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and end the process with its status."""
+    """Run one command and end the process with its status.
+
+    Whatever it writes is for this user alone: models, samples and logs tell of the text.
+    """
+    os.umask(0o077)
     status = main(arguments)
     if "torch" in sys.modules:
         # Everything is saved and closed. Native threads of libraries (gloo's, the data readers')
