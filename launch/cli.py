@@ -110,6 +110,12 @@ def build_parser() -> argparse.ArgumentParser:
     recipes.add_argument("--json", action="store_true", help="print JSON")
     train = add(commands, "train", "train a model, or continue a run", recipe=True, optional=True)
     train.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    train.add_argument(
+        "--from-step",
+        type=int,
+        metavar="STEP",
+        help="go on from its checkpoint of this step, in a new folder (run.dir=NEW)",
+    )
     add_launch(commands)
     add_plan(commands)
     add_profile(commands)

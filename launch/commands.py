@@ -34,8 +34,11 @@ def recipes(arguments: Namespace) -> int:
 
 
 def train(arguments: Namespace) -> int:
-    """Train, or continue a run."""
-    recipe = recipe_to_train(arguments)
+    """Train, continue a run, or branch one."""
+    from interlace.launch.branch import branch_recipe
+
+    branches = arguments.from_step is not None
+    recipe = branch_recipe(arguments) if branches else recipe_to_train(arguments)
     from interlace.trainer.loop import train as run_training
     from interlace.trainer.world import process_group
 

@@ -17,6 +17,7 @@ from typing import cast
 
 import tomli_w
 
+from interlace.trainer.branching import branch
 from interlace.trainer.checkpoint.commit import CheckpointStore
 from interlace.trainer.config.checks import validate
 from interlace.trainer.config.problems import show
@@ -88,7 +89,28 @@ def open_run_folder(config: RunConfig) -> RunFolder:
     if resumes:
         notes = continuation_notes(read_config(path, config.model.plugins), config, path)
     path.mkdir(parents=True, exist_ok=True, mode=PRIVATE)
+    if config.run.branch_of and not resumes:
+        notes, resumes = begin_branch(config, path), True
     return RunFolder(path, resumes, notes)
+
+
+def begin_branch(config: RunConfig, path: Path) -> tuple[str, ...]:
+    """Fill a new run folder with what the run has that it is a branch of; return notes for a
+    person.
+
+    Raises:
+        ConfigError: The recipe cannot continue that run.
+        CheckpointError: It has no such checkpoint.
+    """
+    origin = Path(config.run.branch_of).expanduser()
+    saved = read_config(origin, config.model.plugins)
+    # What may differ of it is for the branch to check.
+    data = saved.data.model_copy(update={"skip_batches": config.data.skip_batches})
+    notes = continuation_notes(saved.model_copy(update={"data": data}), config, origin)
+    # First of all, so that a branch that was interrupted can be begun again.
+    write_atomically(path / "config.toml", config_text(config))
+    branch(config, saved, path)
+    return (f"a branch of {origin} from step {config.run.branch_step} on", *notes)
 
 
 def next_folder(name: str) -> Path:

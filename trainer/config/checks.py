@@ -17,6 +17,7 @@ from interlace.trainer.config.clip_checks import (
     quantile_is_known_in_time,
     quantile_is_of_what_is_clipped,
 )
+from interlace.trainer.config.data_checks import branch_has_its_step, gaps_go_forward
 from interlace.trainer.config.guard_checks import spikes_are_known_in_time
 from interlace.trainer.config.model_checks import (
     experts_are_as_many_as_chosen,
@@ -319,6 +320,8 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     step_holds_whole_rows,
     validation_holds_a_row,
     mixture_has_sources,
+    gaps_go_forward,
+    branch_has_its_step,
     tokenizer_exists,
     end_of_text_has_its_tokenizer,
     overlap_is_exact,

@@ -41,6 +41,14 @@ class RunSection(Section):
     means fresh ones. A resumed run goes on from its own checkpoints.
     """
 
+    branch_of: str = ""
+    """Run folder that a new run goes on from, as if it had been interrupted; empty means none.
+    `interlace train --resume RUN --from-step STEP` sets it.
+    """
+
+    branch_step: NonNegativeInt = 0
+    """Step of the checkpoint of `run.branch_of` that a new run goes on from."""
+
 
 class SourceSection(Section):
     """One source of a mixture."""
@@ -102,6 +110,11 @@ class DataSection(Section):
 
     prepared_dir: Annotated[str, Field(min_length=1)] = "prepared"
     """Folder that receives tokenised corpora; runs with the same data settings share them."""
+
+    skip_batches: Annotated[str, Field(pattern=r"^(\d+:\d+(,\d+:\d+)*)?$")] = ""
+    """Batches that are left out, such as `201:401` (from 1, the last one not included; several
+    spans with commas between): those that these steps would have taken. Later ones come earlier.
+    """
 
     workers: PositiveInt | None = None
     """Processes that tokenise; unset means one per CPU core."""

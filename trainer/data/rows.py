@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.data.gaps import batch_of, parse_gaps
 from interlace.trainer.data.order import Mixture
 from interlace.trainer.data.shards import PreparedCorpus, SplitName, TokenStream
 from interlace.trainer.data.sources.base import specs_of
@@ -47,6 +48,7 @@ class TrainingRows:
             )
         weights = [spec.weight for spec in specs_of(config.data)]
         self.order = Mixture(weights, counts, config.run.seed)
+        self.gaps = parse_gaps(config.data.skip_batches)
 
     def batch(self, step: int, numbers: Sequence[int]) -> Rows:
         """Return rows of one step, (len(numbers), sequence_length + 1)."""
@@ -54,8 +56,12 @@ class TrainingRows:
 
     def row(self, step: int, number: int) -> Rows:
         """Return row `number` of `step`: a pure function of the seed and the two."""
-        source, row = self.order[step * self.rows_per_step + number]
+        source, row = self.order[self.place(step, number)]
         return self.streams[source].read(row * self.length, (row + 1) * self.length + 1)
+
+    def place(self, step: int, number: int) -> int:
+        """Return which row of the whole order that is: gaps shift it, nothing else does."""
+        return batch_of(step, self.gaps) * self.rows_per_step + number
 
 
 class ValidationRows:

@@ -41,6 +41,18 @@ WRONG_OVERRIDES = {
     f"{SECTIONS}",
     "checkpoint.zzz=1": "checkpoint.zzz=1: there is no such setting; settings of [checkpoint]: "
     "every_steps, keep_last, keep_every_steps",
+    "data.skip_batches=9:5": "data.skip_batches=9:5: 9:5 holds no batch, or begins before batch 1; "
+    "type spans as first:last, from 1, in order and apart, such as data.skip_batches=9:209",
+    "data.skip_batches=5:9,9:12": "data.skip_batches=5:9,9:12: 9:12 holds no batch, or begins "
+    "before batch 10; type spans as first:last, from 1, in order and apart, such as "
+    "data.skip_batches=10:210",
+    "run.branch_of=runs/old": "run.branch_of=runs/old: which of its checkpoints does this run go "
+    "on from? Type run.branch_step=STEP as well",
+    "run.branch_step=5": "run.branch_step=5: of which run? Type run.branch_of=RUN as well, or "
+    "run.branch_step=0",
+    "guard.spike_sigmas=6 offload.overlap=backward optimizer.clip=0": "guard.spike_sigmas=6.0: "
+    "whether a step is a spike is known after backward only, and offload.overlap=backward starts "
+    "updates before; type offload.overlap=forward or guard.spike_sigmas=0",
     "model.width=250 model.heads=4": "model.width=250: does not split into model.heads=4 heads; "
     "type model.width=248 or model.width=252, or give model.head_width",
     "model.heads=3 model.kv_heads=1": "model.width=256: does not split into model.heads=3 heads; "
