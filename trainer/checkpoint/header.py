@@ -111,12 +111,19 @@ def _range_of(
             f"{wanted.dtype} {list(wanted.shape)}",
         )
     offsets = said.get("data_offsets")
-    match offsets:
-        case [int(start), int(stop)] if stop - start == wanted.bytes:
-            return start, stop, name
+    start, stop = _two_numbers(offsets)
+    if stop - start != wanted.bytes:
+        _refuse(path, f"gives tensor {name} the bytes {offsets}, not {wanted.bytes:,} of them")
+    return start, stop, name
+
+
+def _two_numbers(value: object) -> tuple[int, int]:
+    """Return a pair of whole numbers; of anything else, a pair that no range has."""
+    match value:
+        case [int(start), int(stop)]:
+            return start, stop
         case _:
-            pass
-    _refuse(path, f"gives tensor {name} the bytes {offsets}, not {wanted.bytes:,} of them")
+            return 0, -1
 
 
 def _refuse(path: Path, reason: str) -> NoReturn:

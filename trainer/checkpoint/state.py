@@ -352,11 +352,12 @@ def load_newest(store: CheckpointStore, state: TrainingState) -> Restored:
 
 
 def verify_needed(store: CheckpointStore, opened: OpenCheckpoint, state: TrainingState) -> None:
-    """Check the digest of every file that this rank will read."""
+    """Check the digest and the header of every file that this rank will read."""
     rank = state.world.rank
     wanted = {name: local_part(tensor, rank) for name, tensor in held(opened, state).items()}
     for name in sorted(opened.reader.files_for(wanted)):
         store.verified_path(opened.step, name, opened.manifest)
+        opened.reader.check_file(name)
 
 
 def held(opened: OpenCheckpoint, state: TrainingState) -> dict[str, torch.Tensor]:
@@ -404,6 +405,8 @@ def read_weights(store: CheckpointStore) -> tuple[dict[str, torch.Tensor], Saved
     """
     step, _ = store.newest_usable()
     opened = open_checkpoint(store, step)
+    for name in opened.reader.files:
+        opened.reader.check_file(name)
     weights = {
         name.removeprefix("model."): opened.reader.read_whole(name)
         for name in opened.reader.index
