@@ -6,7 +6,7 @@ what a person looks at afterwards.
 """
 
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from interlace.trainer.data.shards import PreparedCorpus
 from interlace.trainer.data.tokenizers import load_tokenizer
 from interlace.trainer.diagnostics import diagnostics_of
 from interlace.trainer.errors import CheckpointError, ConfigError
+from interlace.trainer.heartbeat import Heartbeat
 from interlace.trainer.models.model import Model
 from interlace.trainer.mup.manifest import MANIFEST_NAME, Manifest, differences, manifest_of
 from interlace.trainer.mup.parametrise import parametrise
@@ -66,11 +67,16 @@ from interlace.trainer.world import World
 
 
 @contextmanager
-def open_run(config: RunConfig, world: World, stop: StopRequest | None = None) -> Generator[Run]:
+def open_run(
+    config: RunConfig,
+    world: World,
+    stop: StopRequest | None = None,
+    began: Callable[[RunFolder, int], Heartbeat] | None = None,
+) -> Generator[Run]:
     """Build a run, yield it, close what was opened also when a step fails, and leave pictures
-    behind.
+    behind; `began` is told of the folder and the number of the attempt.
     """
-    parts, progress, notes = assemble(config, world)
+    parts, progress, notes = assemble(config, world, began)
     with ExitStack() as stack:
         log_every = config.observe.log_every_steps
         console = stack.enter_context(Console(parts.plan.steps, log_every, world.is_main))
@@ -112,7 +118,11 @@ def trace_updates(parts: Parts, console: Console) -> UpdateTraces:
     return traces
 
 
-def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str]]:
+def assemble(
+    config: RunConfig,
+    world: World,
+    began: Callable[[RunFolder, int], Heartbeat] | None = None,
+) -> tuple[Parts, Progress, list[str]]:
     """Build everything a run needs; return it with the restored progress and notes for a person."""
     folder = world.on_main(lambda: open_run_folder(config))
     corpus = world.on_main(lambda: checked_corpus(config))
@@ -139,6 +149,8 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
     optimizer = build_optimizer(model, config, plan, hardware, manifest)
     state = TrainingState(model, optimizer, objective, world)
     attempt = world.on_main(folder.store.begin_attempt)
+    heartbeat = began(folder, attempt) if began else Heartbeat()
+    heartbeat.enter("load")
     progress, notes = restore(folder, attempt, state, corpus, manifest)
     if world.is_main:
         notes += keep_plugins(folder.path, config.model.plugins)
@@ -168,6 +180,7 @@ def assemble(config: RunConfig, world: World) -> tuple[Parts, Progress, list[str
         objective,
         state,
         diagnostics_of(config, state),
+        heartbeat,
     )
     expected = [f"the plan expects trouble: {plan.offload.problem}"] if plan.offload.problem else []
     said = [f"run folder {folder.path}", *folder.notes, *beginning, *notes, *expected]

@@ -12,6 +12,7 @@ from interlace.trainer.assembly import open_run
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.run import Run
 from interlace.trainer.signals import StopRequest
+from interlace.trainer.supervision import Supervision
 from interlace.trainer.world import World
 
 
@@ -51,7 +52,8 @@ def train(
     Raises:
         UserError: Whatever a person can mend, before the first step where that is possible.
     """
-    with open_run(config, world, stop) as run:
+    supervision = Supervision(config, world)
+    with supervision, open_run(config, world, stop, supervision.begin) as run:
         run.saving.on_commit = on_commit
         for _ in finished_steps(run):
             if run.stop_requested:

@@ -1,13 +1,14 @@
 """What a run is made of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from interlace.offload.hardware import HardwareProfile
 from interlace.trainer.batches import StepBatches
 from interlace.trainer.checkpoint.state import TrainingState
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.diagnostics import Diagnostic
+from interlace.trainer.heartbeat import Heartbeat
 from interlace.trainer.models.model import Model
 from interlace.trainer.mup.manifest import Manifest
 from interlace.trainer.objectives import Objective
@@ -33,3 +34,4 @@ class Parts:
     objective: Objective
     state: TrainingState
     diagnostics: Sequence[Diagnostic]
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)

@@ -36,6 +36,7 @@ from interlace.trainer.saving import Saving
 from interlace.trainer.schedules import learning_rate
 from interlace.trainer.signals import StopRequest
 from interlace.trainer.step_sums import StepSums
+from interlace.trainer.stragglers import Stragglers
 from interlace.trainer.validation import Validation, validate
 
 
@@ -74,6 +75,8 @@ class Run:
         self.stop_requested = False
         self.saving = Saving(parts, progress.step, console)
         self.guarding = Guarding(parts, console)
+        self.heartbeat = parts.heartbeat
+        self.stragglers = Stragglers(parts.world.size, parts.config.watchdog.straggler_factor)
         self.last_validation_loss: float | None = None
         self.notes = StepNotes()
         for diagnostic in parts.diagnostics:
@@ -108,23 +111,32 @@ class Run:
         # Before backward: with overlap an update begins as soon as its gradients are complete.
         set_learning_rate(self.parts.state.optimizer, self.notes.rate)
         sums = StepSums()
+        self.heartbeat.enter("data", step + 1)
         for batch in self.parts.batches.of_step(step):
             sums.add(self.backward_of(batch), plan.accumulation)
-        heard = sums.exchange(self.parts.world, {"stop": float(self.stop.received)})
+            self.heartbeat.enter("data")
+        self.heartbeat.enter("exchange")
+        flags = {"stop": float(self.stop.received)}
+        heard = sums.exchange(self.parts.world, flags, self.heartbeat.own.take())
+        for sentence in self.stragglers.observe(heard.seconds):
+            self.console.note(f"step {step + 1}: {sentence}")
         self.stop_requested = heard.flags["stop"] > 0
         self.notes.details, self.notes.expert_loads = heard.details, heard.loads
         return heard.loss
 
     def backward_of(self, batch: Batch) -> Loss:
         """Run one micro-batch forward and backward; return its losses."""
+        self.heartbeat.enter("forward")
         failpoint("step.forward")
         loss = self.parts.objective.loss(self.parts.model, batch)
+        self.heartbeat.enter("backward")
         failpoint("step.backward")
         disturbed("step.loss", loss.objective / self.plan.accumulation).backward()
         return loss
 
     def gradient_norm(self) -> float:
         """Return the global gradient norm over all ranks."""
+        self.heartbeat.enter("norm")
         return self.parts.state.optimizer.gradient_norm()
 
     def diagnose(self, step: int) -> None:
@@ -136,6 +148,7 @@ class Run:
             check_rates(self.parts.state.optimizer, self.notes.rate)
         for diagnostic in self.parts.diagnostics:
             if logged or isinstance(diagnostic, AskedEveryStep):
+                self.heartbeat.enter("diagnose")
                 self.notes.details.update(diagnostic.after_backward(step + 1))
                 if isinstance(diagnostic, Draws):
                     self.notes.histograms.update(diagnostic.histograms())
@@ -154,6 +167,7 @@ class Run:
         Raises:
             NumericsError: Too many such steps in a row; the evidence is in the run folder.
         """
+        self.heartbeat.enter("update")
         failpoint("step.update")
         optimizer = self.parts.state.optimizer
         before = self.progress
@@ -173,11 +187,13 @@ class Run:
         if step != self.plan.steps and not (every and step % every == 0):
             return
         parts = self.parts
+        self.heartbeat.enter("validate")
         self.notes.validation = validate(parts.model, parts.objective, parts.batches, parts.world)
         self.last_validation_loss = self.notes.validation.loss
 
     def observe(self) -> None:
         """Write the step's record; print it when a line is due."""
+        self.heartbeat.enter("observe")
         if self.metrics is None:
             return
         record = self.record()

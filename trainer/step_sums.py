@@ -23,12 +23,14 @@ class Exchanged:
         flags: Number of ranks that raised each flag; a flag may be a number, then their sum.
         details: Means over ranks of what the objective reports.
         loads: Sums over ranks of the tokens that went to each expert, float64.
+        seconds: What every rank gave as the seconds of its own work, in rank order.
     """
 
     loss: float
     flags: Mapping[str, float]
     details: dict[str, float]
     loads: list[torch.Tensor]
+    seconds: list[float]
 
 
 class StepSums:
@@ -49,14 +51,20 @@ class StepSums:
         before = self.loads or [torch.zeros_like(load) for load in loads]
         self.loads = [total + load for total, load in zip(before, loads, strict=True)]
 
-    def exchange(self, world: World, flags: Mapping[str, float]) -> Exchanged:
-        """Add up over all ranks; each gives the same flags in the same order."""
+    def exchange(
+        self, world: World, flags: Mapping[str, float], seconds: float = 0.0
+    ) -> Exchanged:
+        """Add up over all ranks; each gives the same flags in the same order, and its seconds."""
         head = torch.tensor(
             [self.loss, *flags.values(), *self.details.values()], dtype=torch.float64
         )
-        total = world.sum(torch.cat([head, *self.loads]))
-        sizes = [1, len(flags), len(self.details), *(len(load) for load in self.loads)]
-        loss, raised, details, *loads = total.split(sizes)
+        # Each rank adds to its own place only, so the sum holds what every one of them gave.
+        own = torch.zeros(world.size, dtype=torch.float64)
+        own[world.rank] = seconds
+        total = world.sum(torch.cat([head, own, *self.loads]))
+        counts = [1, len(flags), len(self.details), world.size]
+        sizes = [*counts, *(len(load) for load in self.loads)]
+        loss, raised, details, of_ranks, *loads = total.split(sizes)
         return Exchanged(
             loss=float(loss) / world.size,
             flags=dict(zip(flags, raised.tolist(), strict=True)),
@@ -65,4 +73,5 @@ class StepSums:
                 for name, value in zip(self.details, details.tolist(), strict=True)
             },
             loads=list(loads),
+            seconds=of_ranks.tolist(),
         )

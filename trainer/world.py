@@ -20,7 +20,8 @@ from interlace.trainer.errors import UserError
 
 Value = TypeVar("Value")
 
-# Long enough for rank 0 to tokenise a corpus while the others wait for it.
+# Long enough for rank 0 to tokenise a corpus while the others wait for it; `limit_waiting` shortens
+# it once that is done.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -108,3 +109,17 @@ def process_group() -> Generator[World]:
         # Sharded models keep their groups alive in reference cycles.
         gc.collect()
         dist.destroy_process_group()
+
+
+def limit_waiting(world: World, limit: timedelta) -> None:
+    """Let no collective from now on wait longer than this for another rank.
+
+    Torch has no public call for groups that exist; what it has covers gloo and NCCL alike.
+    """
+    if world.size > 1:
+        for group in _groups():
+            dist.distributed_c10d._set_pg_timeout(limit, group)  # pyright: ignore[reportPrivateUsage]
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    return list(dist.distributed_c10d._world.pg_map)  # pyright: ignore[reportPrivateUsage]

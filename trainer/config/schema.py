@@ -15,11 +15,11 @@ from interlace.trainer.config.clip_section import CoordinateClipSection
 from interlace.trainer.config.distill_section import DistillSection
 from interlace.trainer.config.energy_section import EnergySection
 from interlace.trainer.config.guard_section import GuardSection
-from interlace.trainer.config.guard_section import GuardSection
 from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.config.mup_section import MupSection
 from interlace.trainer.config.section import Fraction, NonNegativeInt, PositiveInt, Section
 from interlace.trainer.config.sharpness_section import SharpnessSection
+from interlace.trainer.config.watchdog_section import WatchdogSection
 
 
 class RunSection(Section):
@@ -329,8 +329,8 @@ class RunConfig(Section):
     guard: GuardSection = GuardSection()
     """What is done about numbers that cannot be right."""
 
-    guard: GuardSection = GuardSection()
-    """What is done about numbers that cannot be right."""
+    watchdog: WatchdogSection = WatchdogSection()
+    """How a run notices that a rank hangs or falls behind."""
 
     observe: ObserveSection = ObserveSection()
     """What a person sees."""
