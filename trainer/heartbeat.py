@@ -132,9 +132,10 @@ class Heartbeat:
 
 def read_pulse(memory: mmap.mmap | bytearray) -> Pulse:
     """Return what a rank has told last; may be called from another process at any time."""
-    for _ in range(100):
+    while True:
         beats, marks, step, patient, name, again = _LAYOUT.unpack_from(memory, 0)
-        if beats == again:
+        # A rank that was killed within its mark leaves two counts; then it ends all the same.
+        if beats == again or _LAYOUT.unpack_from(memory, 0)[0] == beats:
             break
     return Pulse(marks, beats, step, name.rstrip(b"\0").decode("ascii", "replace"), bool(patient))
 

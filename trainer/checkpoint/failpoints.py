@@ -8,6 +8,8 @@ visit if VISIT is `*`. ACTION is one of
     kill      SIGKILL to this process (the default)
     stop      SIGSTOP to this process, so that a test can choose what happens before it goes on
     delay     sleep 0.2 seconds
+    burn      keep a core busy for 0.2 seconds
+    hang      wait for ever in C code that holds the interpreter's lock
     sigterm   SIGTERM to this process
     sigint    SIGINT to this process
     raise     raise FailpointHit
@@ -20,6 +22,7 @@ INTERLACE_FAILPOINT_RANK limits it to the process whose RANK (0 if unset) is tha
 no other way to arm a point, so a normal run cannot trip over one.
 """
 
+import ctypes
 import errno
 import math
 import os
@@ -184,6 +187,20 @@ def _raiser(error_number: int) -> Callable[[str], None]:
     return fail
 
 
+def _burn(name: str) -> None:
+    del name
+    end = time.thread_time() + DELAY_SECONDS
+    while time.thread_time() < end:
+        pass
+
+
+def _hang(name: str) -> None:
+    del name
+    # PyDLL keeps the lock. Of what can wait for ever, reading goes on after a signal was handled.
+    empty, _ = os.pipe()
+    ctypes.PyDLL(None).read(empty, ctypes.create_string_buffer(1), 1)
+
+
 def _sleep(name: str) -> None:
     del name
     time.sleep(DELAY_SECONDS)
@@ -197,6 +214,8 @@ _ACTIONS: dict[str, Callable[[str], None]] = {
     "kill": _sender(signal.SIGKILL),
     "stop": _sender(signal.SIGSTOP),
     "delay": _sleep,
+    "burn": _burn,
+    "hang": _hang,
     "raise": _raise_hit,
     "enospc": _raiser(errno.ENOSPC),
     "eio": _raiser(errno.EIO),
