@@ -7,6 +7,7 @@ the others are given a while to end by themselves and are then ended.
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -85,6 +86,40 @@ class Attempt:
     template: Template
     ranks: list[Rank]
     outputs: list[Path]
+    promised_step: int = 0
+    """The largest step that was acknowledged when it began."""
+
+    steps_before: int = 0
+    """The last step that metrics.jsonl held when it began."""
+
+    fault: float | None = None
+    """When the first rank of the start before ended, by the monotonic clock."""
+
+    new_step_at: float | None = None
+    """When it was first seen to be further than the start before, by the monotonic clock."""
+
+    def resumed_step(self) -> int | None:
+        """Return the step that it went on from, 0 for a new run; None if it never came so far."""
+        printed = self.outputs[0].read_text(encoding="utf-8", errors="replace")
+        if resumed := re.search(r"resumed from the checkpoint of step (\d+)", printed):
+            return int(resumed[1])
+        return 0 if "run folder" in printed else None
+
+    def wait_until_stopped(self, *ranks: int, longest_seconds: float = LONGEST_SECONDS) -> None:
+        """Wait until each of these ranks has stopped itself (action `stop` of a failpoint)."""
+        deadline = time.monotonic() + longest_seconds
+        while not all(self.is_stopped(rank) for rank in ranks):
+            self.poll(0.02)
+            ended = [rank for rank in ranks if self.ranks[rank].code is not None]
+            if ended or time.monotonic() > deadline:
+                self.kill()
+                self.wait()
+                raise AssertionError(f"ranks {ended or ranks} did not stop:\n{self.printed()}")
+
+    def is_stopped(self, rank: int) -> bool:
+        """Whether a rank is stopped by a signal."""
+        status = Path(f"/proc/{self.ranks[rank].pid}/stat").read_text(encoding="utf-8")
+        return status.rpartition(")")[2].split()[0] == "T"
 
     def signal(self, number: signal.Signals, *ranks: int) -> None:
         """Send a signal to some ranks, or to all."""
@@ -93,7 +128,7 @@ class Attempt:
                 signal.pidfd_send_signal(self.ranks[rank].descriptor, number)
 
     def kill(self, *ranks: int) -> None:
-        """Kill some ranks at once: stopped first, so that none sees another die."""
+        """Kill some ranks at once, or all: stopped first, so that none sees another die."""
         self.signal(signal.SIGSTOP, *ranks)
         self.signal(signal.SIGKILL, *ranks)
 
@@ -140,6 +175,20 @@ class Attempt:
         )
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """How a run went on after a fault.
+
+    Attributes:
+        lost_steps: Finished steps that were taken again.
+        seconds: From the first death of a rank to the first step that was new, or to the end of
+            the run where none was left.
+    """
+
+    lost_steps: int
+    seconds: float
+
+
 @dataclass
 class Drill:
     """A run folder, and whatever is started in it.
@@ -159,6 +208,11 @@ class Drill:
     def run(self) -> Path:
         """The run folder."""
         return self.home / "run"
+
+    @property
+    def temporary(self) -> Path:
+        """Where its processes put temporary files."""
+        return self.home / "temporary"
 
     @property
     def ack_log(self) -> Path:
@@ -182,11 +236,13 @@ class Drill:
             environment: More variables, for all ranks.
             words: More settings than the drill's.
         """
-        self.home.mkdir(parents=True, exist_ok=True)
+        self.temporary.mkdir(parents=True, exist_ok=True)
         port = str(free_port())
-        attempt = Attempt(self.template, [], [])
+        fault = self.attempts[-1].first_end if self.attempts else None
+        attempt = Attempt(self.template, [], [], self.promised_step(), self.steps_done(), fault)
+        always = {"INTERLACE_ACK_LOG": str(self.ack_log), "TMPDIR": str(self.temporary)}
         for rank in range(ranks):
-            settings = {"INTERLACE_ACK_LOG": str(self.ack_log), **(environment or {})}
+            settings = {**always, **(environment or {})}
             if ranks > 1:
                 settings |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 settings |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
@@ -205,12 +261,57 @@ class Drill:
         self.attempts.append(attempt)
         return attempt
 
-    def finish(self, ranks: int = 1, words: Sequence[str] = ()) -> Attempt:
-        """Start once more and hold it to a good end."""
+    def follow(self, seconds: float = LONGEST_SECONDS) -> bool:
+        """Wait so long for the newest start to end, and note when it took its first new step.
+
+        Returns:
+            Whether a rank has ended.
+        """
+        attempt, deadline = self.attempts[-1], time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            attempt.poll(min(0.02, max(0.0, deadline - time.monotonic())))
+            ended = any(rank.code is not None for rank in attempt.ranks)
+            further = attempt.resumed_step() is not None and (
+                self.steps_done() > attempt.steps_before
+            )
+            if attempt.new_step_at is None and (further or ended):
+                attempt.new_step_at = time.monotonic() if further else attempt.first_end
+            if ended:
+                return True
+        return False
+
+    def finish(self, ranks: int = 1, words: Sequence[str] = ()) -> Recovery:
+        """Start once more, hold it to a good end, and say how it went on from the start before."""
         attempt = self.start(ranks, words=words)
+        self.follow()
         codes = attempt.wait()
         assert codes == [0] * ranks, attempt.printed()
-        return attempt
+        return self.recoveries()[-1] if len(self.attempts) > 1 else Recovery(0, 0.0)
+
+    def recoveries(self) -> list[Recovery]:
+        """Return how the run went on after every start that was followed by one which came further,
+        or to the end.
+        """
+        found: list[Recovery] = []
+        for attempt in self.attempts:
+            resumed, at = attempt.resumed_step(), attempt.new_step_at
+            if attempt.fault is not None and resumed is not None and at is not None:
+                lost = max(0, attempt.steps_before - resumed)
+                found.append(Recovery(lost, at - attempt.fault))
+        return found
+
+    def steps_done(self) -> int:
+        """Return the last step that metrics.jsonl holds; 0 if there is none."""
+        path = self.run / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        # The process may have been killed, or be, within the last line.
+        whole = [line for line in lines[-2:] if line.endswith("}")]
+        return int(json.loads(whole[-1])["step"]) if whole else 0
+
+    def promised_step(self) -> int:
+        """Return the largest step that was acknowledged; 0 if none was."""
+        text = self.ack_log.read_text(encoding="utf-8") if self.ack_log.is_file() else ""
+        return max((int(step) for step in re.findall(r"step (\d+)", text)), default=0)
 
 
 def free_port() -> int:

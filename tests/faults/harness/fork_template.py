@@ -23,11 +23,15 @@ from typing import Any, NoReturn
 
 PARENT_DEATH_SIGNAL = 1
 MODULES = (
+    "interlace.kernels.update.cpu",
     "interlace.launch.commands",
     "interlace.trainer.loop",
     "torch.utils.tensorboard.writer",
     "torch.distributed.fsdp",
+    "interlace.trainer.observe.plots",
+    "interlace.trainer.observe.report",
     "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
     "matplotlib.figure",
     "safetensors.torch",
 )
@@ -40,6 +44,7 @@ def become_rank(order: dict[str, Any]) -> NoReturn:
     ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     nothing = os.open(os.devnull, os.O_RDONLY)
+    sys.stdout.reconfigure(line_buffering=True)
     for source, target in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
     os.chdir(order["folder"])
