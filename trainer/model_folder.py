@@ -6,8 +6,8 @@ text into tokens. `interlace import` and `interlace hybridize` write such folder
 that takes a run folder takes them as well.
 """
 
-import tomllib
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from interlace.trainer.config.checks import validate
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.config.toml_files import read_tables
 from interlace.trainer.data.prepare import TOKENIZER_NAME
 from interlace.trainer.data.tokenizers import Tokenizer
 from interlace.trainer.errors import CheckpointError, ConfigError
@@ -90,12 +91,14 @@ def read_recipe(folder: Path) -> RunConfig:
     """
     path = folder / RECIPE_NAME
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        tables = read_tables(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    data = tables.get("data", {})
-    if data.get("tokenizer", "bytes") not in {"bytes", "bpe"}:
-        data["tokenizer"] = str((folder / TOKENIZER_NAME).absolute())
+    data = tables.get("data")
+    if isinstance(data, dict):
+        table = cast(dict[str, object], data)
+        if table.get("tokenizer", "bytes") not in ("bytes", "bpe"):
+            table["tokenizer"] = str((folder / TOKENIZER_NAME).absolute())
     return validate(tables)
 
 

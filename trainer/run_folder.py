@@ -9,7 +9,6 @@ pictures, samples and `checkpoints/`.
 import json
 import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from interlace.trainer.checkpoint.commit import CheckpointStore
 from interlace.trainer.config.checks import validate
 from interlace.trainer.config.problems import show
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.config.toml_files import read_tables
 from interlace.trainer.errors import CheckpointError, ConfigError
 
 FIXED_SECTIONS = ("model", "data", "mup")
@@ -190,19 +190,22 @@ def read_config(run: Path, plugins: Sequence[str] | None = None) -> RunConfig:
     """
     path = run / "config.toml"
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = read_tables(path)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{run}: is not a run folder (no config.toml in it); give a folder that `interlace "
             "train` made"
         ) from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    named = tables.get("model", {}).get("plugins", [])
-    if plugins is None or list(plugins) == named:
+    model = tables.get("model", {})
+    if plugins is None or not isinstance(model, dict):
         return validate(tables)
-    tables["model"]["plugins"] = list(plugins)
-    config = validate(tables)
+    table = cast(dict[str, object], model)
+    named = table.get("plugins", [])
+    if list(plugins) == named:
+        return validate(tables)
+    config = validate({**tables, "model": {**table, "plugins": list(plugins)}})
     was = config.model.model_copy(update={"plugins": named})
     return config.model_copy(update={"model": was})
 

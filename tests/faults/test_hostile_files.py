@@ -19,7 +19,11 @@ from tiny_run import digest_of, sign, state_of, train_here
 
 from interlace.trainer.checkpoint import CheckpointStore, verify_step, write_file
 from interlace.trainer.checkpoint.state import TrainingState, load_newest, read_weights
-from interlace.trainer.errors import CheckpointError
+from interlace.trainer.config import load_recipe
+from interlace.trainer.data.prepare import list_inputs
+from interlace.trainer.errors import CheckpointError, ConfigError, DataError
+from interlace.trainer.model_folder import read_recipe
+from interlace.trainer.run_folder import read_config
 
 MIB = 2**20
 
@@ -253,3 +257,69 @@ def peak_bytes() -> int:
         if line.startswith("VmHWM:"):
             return 1024 * int(line.split()[1])
     raise AssertionError("the kernel does not tell")
+
+
+HOSTILE_RECIPES = {
+    "brackets nested by the thousand": "[data]\nsource = " + "[" * 100_000 + "]" * 100_000,
+    "tables nested by the thousand": "[model]\nwidth = " + "{a=" * 50_000 + "1" + "}" * 50_000,
+    "brackets that the parser just bears": "[data]\nsource = " + "[" * 300 + "]" * 300,
+    "a dotted key of a hundred thousand parts": "[model]\n" + ".".join(["a"] * 100_000) + " = 1",
+    "a dotted table of a hundred thousand parts": "[" + ".".join(["a"] * 100_000) + "]",
+    "a dotted key that the parser just bears": "[model]\n" + ".".join(["a"] * 500) + " = 1",
+    "a number of five thousand digits": "[train]\nsteps = " + "9" * 5000,
+    "a number of four thousand digits": "[train]\nsteps = " + "9" * 4000,
+    "more than any recipe": "# " + "x" * 2**21,
+    "something to be called": '[model]\n_target_ = "os.mkdir"\n_args_ = ["SENTINEL"]',
+    "something to be called, as a section": '["_target_"]\nname = "os.mkdir"',
+    "a tag of YAML": '[train]\nsteps = "!!python/object/apply:os.mkdir [SENTINEL]"',
+    "an interpolation": '[train]\nsteps = "${oc.env:HOME}"',
+    "a file of devices to extend": 'extends = "/dev/zero"',
+    "a file that is no recipe to extend": 'extends = "/etc/passwd"',
+    "an address to extend": 'extends = "http://127.0.0.1:9/recipe.toml"',
+    "a class as objective": '[train]\nobjective = "os.system"',
+    "a class as kind of source": '[data]\nsource = "os.system:mkdir SENTINEL"',
+    "a section that is a number": "model = 5",
+    "bytes that are not UTF-8": "[train]\nsteps = 1 # \udcff",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_RECIPES)
+def test_i7_a_hostile_recipe_is_refused_in_words_and_nothing_is_run(
+    kind: str, tmp_path: Path
+) -> None:
+    sentinel = tmp_path / "ran"
+    text = HOSTILE_RECIPES[kind].replace("SENTINEL", str(sentinel))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_bytes(text.encode("utf-8", errors="surrogateescape"))
+    modules = set(sys.modules)
+    with pytest.raises((ConfigError, DataError)) as caught:
+        config = load_recipe(str(recipe)).config
+        # What a kind of source is, is known when the source is looked for.
+        list_inputs(config.data)
+    assert len(str(caught.value)) < 2000
+    assert not sentinel.exists()
+    loaded = {name.partition(".")[0] for name in set(sys.modules) - modules}
+    assert loaded <= {"interlace", "importlib"}
+
+
+@pytest.mark.parametrize("kind", ["brackets nested by the thousand", "a section that is a number"])
+def test_i7_a_hostile_recipe_in_a_run_or_model_folder_is_refused(kind: str, tmp_path: Path) -> None:
+    for name in ("config.toml", "recipe.toml"):
+        (tmp_path / name).write_text(HOSTILE_RECIPES[kind], encoding="utf-8")
+    with pytest.raises((CheckpointError, ConfigError)):
+        read_config(tmp_path, plugins=["plugin.py"])
+    with pytest.raises((CheckpointError, ConfigError)):
+        read_recipe(tmp_path)
+
+
+def test_i7_only_plugins_that_a_recipe_names_are_run(tmp_path: Path) -> None:
+    """They are the one door through which a recipe brings code; see docs/plugins.md."""
+    sentinel = tmp_path / "ran"
+    for name in ("named", "beside"):
+        text = f"from pathlib import Path\nPath({str(sentinel)!r} + '-{name}').mkdir()\n"
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[model]\nplugins = ["named.py"]\n', encoding="utf-8")
+    load_recipe(str(recipe))
+    assert Path(f"{sentinel}-named").exists()
+    assert not Path(f"{sentinel}-beside").exists()

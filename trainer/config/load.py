@@ -7,7 +7,6 @@ recipe itself, then `section.key=value` overrides. Every value's history is kept
 why` can tell it.
 """
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -18,6 +17,7 @@ from interlace.trainer.config.checks import validate
 from interlace.trainer.config.problems import near_miss
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.config.section import Section
+from interlace.trainer.config.toml_files import parse_tables, read_tables
 from interlace.trainer.errors import ConfigError
 
 Table = dict[str, object]
@@ -112,8 +112,8 @@ def read_toml(path: Path) -> Table:
     line.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return read_tables(path)
+    except ValueError as error:
         raise ConfigError([f"recipe {path}: not valid TOML: {error}"]) from error
     except OSError as error:
         raise ConfigError([f"recipe {path}: cannot be read: {error.strerror}"]) from error
@@ -191,8 +191,8 @@ def parse_value(section: str, field: str, text: str) -> object:
     if text.lower() == "none" and type(None) in get_args(annotation):
         return None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_tables(f"value = {text}")["value"]
+    except ValueError:
         return text
 
 

@@ -66,6 +66,9 @@ SYNONYMS = {
 }
 """Names of other systems and what they are called here."""
 
+LONGEST_SHOWN = 200
+"""Characters of a value that a message repeats."""
+
 
 def all_settings() -> dict[str, str]:
     """Return every setting, as `section.key`, with its docstring."""
@@ -117,7 +120,7 @@ def sentence(key: str, details: ErrorDetails) -> str:
     """Word one schema error."""
     if details["type"] == "extra_forbidden":
         return unknown(key, details["input"])
-    shown = show(details["input"])
+    shown = brief(details["input"])
     documentation = all_settings().get(key, "")
     meaning = f" ({documentation.rstrip('.')})" if documentation else ""
     return f"{key}={shown}: {reason(key, details)}{meaning}; {remedy(key, details)}"
@@ -140,7 +143,7 @@ def unknown(key: str, value: object) -> str:
         hint = f"; did you mean {section}.{close[0]}?"
     else:
         hint = f"; settings of [{section}]: {', '.join(siblings)}"
-    return f"{key}={show(value)}: there is no such setting{hint}"
+    return f"{key}={brief(value)}: there is no such setting{hint}"
 
 
 def reason(key: str, details: ErrorDetails) -> str:
@@ -207,6 +210,12 @@ def remedy(key: str, details: ErrorDetails) -> str:
     if info is None:
         return "see `interlace plan --help` for what a recipe may hold"
     return f"the default is {key}={show(info.default)}"
+
+
+def brief(value: object) -> str:
+    """Return a value as it would be typed; of a very long one, the beginning."""
+    text = show(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def show(value: object) -> str:
