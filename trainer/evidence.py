@@ -12,7 +12,8 @@ from interlace.trainer.run_folder import write_json
 
 
 def save_evidence(run_dir: Path, step: int, batches: StepBatches, state: TrainingState) -> Path:
-    """Write this rank's micro-batches and the names of tensors that are not finite.
+    """Write this rank's micro-batches, which rows of the whole order they are, and the names of
+    tensors that are not finite.
 
     Returns:
         The folder `evidence/step-<number>` of the run.
@@ -38,7 +39,10 @@ def save_evidence(run_dir: Path, step: int, batches: StepBatches, state: Trainin
                 for parameter, gradient in state.optimizer.gradients()
                 if not all_finite(gradient)
             ],
-            "rows": [list(rows) for rows in batches.rows_of_step(step)],
+            "rows": [
+                [batches.training.place(step, row) for row in rows]
+                for rows in batches.rows_of_step(step)
+            ],
         },
     )
     return folder

@@ -1,6 +1,9 @@
 """What a run does about steps whose numbers cannot be right."""
 
+from collections.abc import Sequence
+
 from interlace.trainer.checkpoint.state import Progress
+from interlace.trainer.data.gaps import batch_of
 from interlace.trainer.errors import NumericsError
 from interlace.trainer.evidence import save_evidence
 from interlace.trainer.guards.spikes import STOP_WITHIN, SpikeMemory, spike_in
@@ -58,12 +61,32 @@ class Guarding:
         if count < limit:
             return
         folder = save_evidence(parts.folder.path, step, parts.batches, parts.state)
+        back = self.way_back(memory.recent[0], self.gap_over(memory.recent))
         raise NumericsError(
             f"{count} updates within {STOP_WITHIN} steps were skipped as spikes "
             f"(guard.max_spikes={limit}), of steps {', '.join(map(str, memory.recent))}; of the "
             f"last, {spike}. The evidence is in {folder}; the newest checkpoint is untouched. "
-            f"Lower optimizer.peak_lr={parts.config.optimizer.peak_lr}, and resume."
+            f"Lower optimizer.peak_lr={parts.config.optimizer.peak_lr}, and resume; or go back and "
+            f"leave these batches out: {back}"
         )
+
+    def way_back(self, first: int, words: str) -> str:
+        """Return how to branch from the newest checkpoint from before a step, from 1."""
+        folder = self.parts.folder
+        before = [step for step in folder.store.committed_steps() if step < first]
+        if not before:
+            return f"there is no checkpoint from before step {first}, so start a new run"
+        return (
+            f"the newest checkpoint from before is of step {before[-1]}:  interlace train --resume "
+            f"{folder.path} --from-step {before[-1]} run.dir=NEW {words}"
+        )
+
+    def gap_over(self, steps: Sequence[int]) -> str:
+        """Return the setting that leaves out what steps, from 1, took, and what is left out now."""
+        gaps = self.parts.batches.training.gaps
+        first, last = (batch_of(step - 1, gaps) + 1 for step in (steps[0], steps[-1]))
+        now = self.parts.config.data.skip_batches
+        return f"data.skip_batches={now}{',' if now else ''}{first}:{last + 1}"
 
     def report_bad_step(self, step: int, count: int, loss: float, norm: float) -> None:
         """Tell of a step that is not finite, before its update where there is one; stop the run
@@ -93,7 +116,8 @@ class Guarding:
             f"{count} steps in a row had a loss or gradient that is not finite "
             f"(train.max_bad_steps={limit}); "
             f"last loss {loss}, gradient norm {norm}. The evidence is in {folder}; the newest "
-            f"checkpoint is untouched. Lower {lower}{also}, and resume."
+            f"checkpoint is untouched. Lower {lower}{also}, and resume. To see the first of them "
+            f"again, in one process: {self.way_back(step + 2 - count, 'train.max_bad_steps=1')}"
         )
 
 
