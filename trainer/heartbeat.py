@@ -25,6 +25,13 @@ ORDINARY = frozenset(
 WAITS_FOR_ALL = "exchange"
 """The phase that no rank leaves before all ranks are in it, once in every step."""
 
+_CLOCKS = {
+    "data": time.perf_counter,
+    "forward": time.thread_time,
+    "backward": time.thread_time,
+    "update": time.process_time,
+}
+
 _LAYOUT = struct.Struct("<QQqB15sQ")
 PULSE_BYTES = _LAYOUT.size
 
@@ -55,22 +62,23 @@ class OwnTime:
     In forward and backward a sharded model waits for other ranks at every layer, and the time on
     the wall is the same on all of them. There the processor time of the training thread counts,
     which stands still while the thread waits; on a GPU, whose kernels wait unseen, it is the time
-    to launch them. Fetching data and updating wait for nobody: their time on the wall counts.
+    to launch them. In an update it is the processor time of all threads, so that neighbours who
+    keep the cores busy are not taken for work. Fetching data waits for no rank, but for disks: its
+    time on the wall counts.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.phase = ""
-        self.entered = (0.0, 0.0)
+        self.entered = 0.0
 
     def enter(self, phase: str) -> None:
         """Close the phase before and open this one."""
-        now = (time.perf_counter(), time.thread_time())
-        if self.phase in ("data", "update"):
-            self.seconds += now[0] - self.entered[0]
-        elif self.phase in ("forward", "backward"):
-            self.seconds += now[1] - self.entered[1]
-        self.phase, self.entered = phase, now
+        clock = _CLOCKS.get(self.phase)
+        if clock is not None:
+            self.seconds += clock() - self.entered
+        clock = _CLOCKS.get(phase)
+        self.phase, self.entered = phase, clock() if clock is not None else 0.0
 
     def take(self) -> float:
         """Return the seconds since the last call, and count from 0 again."""

@@ -15,6 +15,8 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage] - documented
+from torch.distributed.rendezvous import rendezvous
 
 from interlace.trainer.errors import UserError
 
@@ -102,7 +104,14 @@ def process_group() -> Generator[World]:
         yield World(device=device)
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=COLLECTIVE_TIMEOUT))
+    # After a restart torchrun's store still holds the addresses of ranks that are gone; who is
+    # quicker than a peer would read the old one and be refused.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"start-{start}", store)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
+    )
     try:
         yield World(rank, size, device)
     finally:
