@@ -1,34 +1,36 @@
 """Between the terminal and the ranks: lines go one way, the wish to stop the other.
 
-An actor without a core of its own, on the launching machine. Every start of the ranks (a
-generation) says so here; what a rank of an older generation says afterwards, one that was thought
-dead and woke up, is not heard. Ranks ask once a second, so the last time each was heard of tells
-when a killed one died.
+An actor without a core of its own. Every start of the ranks (a generation) says so here; what a
+rank of an older generation says afterwards, one that was thought dead and woke up, is not heard,
+and it is told to leave. Ranks ask once a second, so the last time each was heard of tells when a
+killed one died.
 """
 
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-NAME = "interlace-bridge"
 
-
-@dataclass
+@dataclass(frozen=True)
 class Wish:
-    """That the run shall stop.
+    """What the ranks shall do next; without a reason, go on.
 
     Attributes:
-        reason: Who wants it, in words.
-        seconds: How long there is until it is stopped by force; None for as long as it takes.
+        reason: Who wants them to stop, in words.
+        seconds: How long there is until they are stopped by force; None for as long as it takes.
+        moving: Whether the run is to go on at once, on other machines or with more ranks.
+        superseded: Whether the asking rank is of an older generation, and must leave unheard.
     """
 
-    reason: str
-    seconds: float | None
+    reason: str = ""
+    seconds: float | None = None
+    moving: bool = False
+    superseded: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ending:
     """How a rank ended by itself.
 
@@ -37,33 +39,39 @@ class Ending:
         rank: Its number.
         status: The exit status it would have had.
         finished: Whether all steps are done.
-        message: For a person.
+        moving: Whether it stopped so that the run can go on elsewhere.
+        message: For a person; may be empty.
     """
 
     generation: int
     rank: int
     status: int
-    finished: bool
-    message: str
+    finished: bool = False
+    moving: bool = False
+    message: str = ""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Begun:
-    """That a start of the ranks takes up the training.
+    """That a generation takes up the training.
 
     Attributes:
-        generation: Number of the start, from 1.
+        generation: Its number, from 1.
+        attempt: The number of this start in the run folder.
         ranks: How many there are.
         step: The step it goes on from.
         lost_steps: Steps done before that have to be done again.
-        seconds: From the end of the generation before; None for the first.
+        seconds: Since the generation before came to an end; None for the first.
+        moved: Whether that one had stopped in order to move.
     """
 
     generation: int
+    attempt: int
     ranks: int
     step: int
     lost_steps: int
-    seconds: float | None
+    seconds: float | None = None
+    moved: bool = False
 
 
 @dataclass
@@ -74,40 +82,41 @@ class News:
     begun: list[Begun] = field(default_factory=list[Begun])
     endings: list[Ending] = field(default_factory=list[Ending])
 
-    def __bool__(self) -> bool:
-        return bool(self.lines or self.begun or self.endings)
-
 
 class Bridge:
     """The actor; only one generation of ranks at a time is listened to."""
 
     def __init__(self) -> None:
         self.generation = 0
-        self.wish: Wish | None = None
+        self.wish = Wish()
         self.news = News()
         self.arrived = asyncio.Event()
         self.heard: dict[int, float] = {}
         self.lost_at: float | None = None
+        self.moved = False
 
     async def begin(self) -> int:
         """Begin a generation; return its number. Called by rank 0 of every start."""
         if self.generation:
             self.lost_at = min(self.heard.values(), default=time.monotonic())
         self.heard = {}
+        self.moved = self.wish.moving
+        if self.moved:
+            self.wish = Wish()
         self.generation += 1
         return self.generation
 
-    async def resume(self, generation: int, ranks: int, step: int, lost_steps: int) -> None:
+    async def resume(self, begun: Begun) -> None:
         """Note from which step a generation goes on."""
-        if generation != self.generation:
+        if begun.generation != self.generation:
             return
         seconds = None if self.lost_at is None else time.monotonic() - self.lost_at
-        self.tell().begun.append(Begun(generation, ranks, step, lost_steps, seconds))
+        self.tell().begun.append(replace(begun, seconds=seconds, moved=self.moved))
 
-    async def beat(self, generation: int, rank: int) -> Wish | None:
-        """Hear that a rank lives; tell it whether to stop."""
+    async def beat(self, generation: int, rank: int) -> Wish:
+        """Hear that a rank lives; tell it what to do."""
         if generation != self.generation:
-            return None
+            return Wish(superseded=True)
         self.heard[rank] = time.monotonic()
         return self.wish
 
@@ -119,12 +128,12 @@ class Bridge:
     async def end(self, ending: Ending) -> None:
         """Take how a rank ended."""
         if ending.generation == self.generation:
-            self.heard.setdefault(ending.rank, time.monotonic())
             self.tell().endings.append(ending)
 
-    async def stop(self, reason: str, seconds: float | None) -> None:
-        """Make the ranks stop after their step."""
-        self.wish = Wish(reason, seconds)
+    async def stop(self, wish: Wish) -> None:
+        """Make the ranks stop after their step; a wish to stop for good wins over one to move."""
+        if not (wish.moving and self.wish.reason):
+            self.wish = wish
 
     async def listen(self, seconds: float) -> News:
         """Return what is new, waiting for so long at most."""
@@ -157,7 +166,7 @@ def answer(reference: Any, seconds: float | None = None) -> Any:
 
 
 def open_bridge() -> Any:
-    """Start the actor and return its handle."""
+    """Start the actor; return its handle."""
     import ray
 
     # Called as functions, the wrappers of Ray have no types.

@@ -10,6 +10,8 @@ import logging
 import os
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -19,9 +21,8 @@ from typing import Any
 
 import interlace
 from interlace.launch.launchers.ray.request import CPU_WORKERS, Request, Workers
+from interlace.launch.launchers.torchrun import threads_of_each
 from interlace.trainer.errors import ConfigError
-
-LOOPBACK = "127.0.0.1"
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Shared memory of our own Ray; only the package and a few numbers go through it."""
@@ -39,6 +40,14 @@ SETTINGS: Mapping[str, str] = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Environment of Ray in the launching process, where the user has set nothing else."""
+
+OWN_SETTINGS: Mapping[str, str] = {
+    "RAY_AUTH_MODE": "token",
+    # Ray takes a loopback address for this machine's own, but where it cannot form clusters (by
+    # default on other systems than Linux): there everything listens at 127.0.0.1 only.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+"""Environment of a Ray of our own, whatever the user has set."""
 
 
 @dataclass(frozen=True)
@@ -97,44 +106,86 @@ def start_own(request: Request, folder: Path) -> Cluster:
     descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(secrets.token_hex(32))
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    os.environ |= {**OWN_SETTINGS, "RAY_AUTH_TOKEN_PATH": str(token)}
+    # It would win over the file.
     os.environ.pop("RAY_AUTH_TOKEN", None)
     import ray
     import torch
 
     gpus = torch.cuda.device_count()
     workers = request.workers or Workers(gpus or CPU_WORKERS, gpus or CPU_WORKERS)
-    cores = os.cpu_count() or 1
-    cpus = request.cpus_per_worker or max(1, cores // workers.most)
+    cpus = request.cpus_per_worker or threads_of_each(workers.most)
     ray.init(
         address="local",
-        num_cpus=max(cores, cpus * workers.most),
+        num_cpus=max(os.cpu_count() or 1, cpus * workers.most),
         num_gpus=gpus,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": local_environment()},
-        _node_ip_address=LOOPBACK,
+        runtime_env={"env_vars": local_environment(cpus)},
         _temp_dir=str(folder / "ray"),
     )
     return Cluster(True, folder, workers, cpus, gpus)
 
 
 def join(request: Request, folder: Path) -> Cluster:
-    """Connect to a cluster that is there already."""
-    import ray
+    """Connect to a cluster that is there already.
 
-    ray.init(
-        address=request.address,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env=shipped(),
-    )
+    Raises:
+        ConfigError: There is none, or it admits anybody.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        ray.init(
+            address=request.address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env=shipped(),
+        )
+    except (ConnectionError, RayError) as error:
+        raise ConfigError(
+            [
+                f"--address {request.address}: {error}\nStart one with  ray start --head  or leave "
+                "--address out for one of its own"
+            ]
+        ) from error
+    if not request.allow_open_cluster:
+        require_token(request.address, ray.get_runtime_context().gcs_address)
     gpus = int(ray.cluster_resources().get("GPU", 0))
     workers = request.workers or Workers(gpus or CPU_WORKERS, gpus or CPU_WORKERS)
     return Cluster(False, folder, workers, request.cpus_per_worker or 1, gpus)
+
+
+def require_token(address: str, control: str) -> None:
+    """See that a cluster admits nobody without its token.
+
+    Args:
+        address: As it was typed.
+        control: Where its control store listens.
+
+    Raises:
+        ConfigError: It does.
+    """
+    environment = {name: value for name, value in os.environ.items() if "RAY_AUTH" not in name}
+    command = [sys.executable, "-m", "interlace.launch.launchers.ray.stranger", control]
+    probe = subprocess.run(
+        command,
+        env={**environment, "RAY_AUTH_MODE": "disabled", "HOME": "/nonexistent"},
+        capture_output=True,
+        check=False,
+    )
+    if probe.returncode == 0:
+        raise ConfigError(
+            [
+                f"--address {address}: this cluster admits anybody who can reach it, and whoever "
+                "does can run programs as you. Start every node with RAY_AUTH_MODE=token and the "
+                "same RAY_AUTH_TOKEN_PATH (ray get-auth-token --generate makes a token), or type "
+                "--allow-open-cluster if its network is closed"
+            ]
+        )
 
 
 def package_folder() -> Path:
@@ -142,25 +193,24 @@ def package_folder() -> Path:
     return Path(interlace.__file__).parent
 
 
-def local_environment() -> dict[str, str]:
-    """Return the environment of ranks on this machine: they import what this process imports."""
-    before = os.environ.get("PYTHONPATH")
-    here = str(package_folder().parent)
+def local_environment(threads: int) -> dict[str, str]:
+    """Return the environment of ranks on this machine: they import what this process imports, and
+    speak to each other over the loopback interface, as all of our own Ray.
+    """
+    paths = [str(package_folder().parent), os.environ.get("PYTHONPATH", "")]
     return {
-        "PYTHONPATH": here if not before else f"{here}{os.pathsep}{before}",
-        # Only the loopback interface, as all of our own Ray.
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     }
 
 
 def shipped() -> dict[str, Any]:
-    """Return a runtime environment that takes this package along to other machines."""
-    passed = ("INTERLACE_", "GLOO_", "NCCL_")
-    variables = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(passed) or name == "OMP_NUM_THREADS"
-    }
+    """Return a runtime environment that takes this package to other machines, and the settings that
+    are meant for ranks; nothing else of this process's environment, which may hold secrets.
+    """
+    passed = ("INTERLACE_", "GLOO_", "NCCL_", "OMP_NUM_THREADS")
+    variables = {name: value for name, value in os.environ.items() if name.startswith(passed)}
     return {
         "py_modules": [str(package_folder())],
         "excludes": ["__pycache__"],

@@ -78,6 +78,13 @@ def add_ray(launchers: AddParser) -> None:
         help="put ranks on few nodes (pack, the default), on many, or on one each (strict-spread)",
     )
     ray.add_argument(
+        "--resize-seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="how often a run with a range of ranks looks for room for more (default 60)",
+    )
+    ray.add_argument(
         "--allow-open-cluster",
         action="store_true",
         help="join a cluster that admits anybody without a token",

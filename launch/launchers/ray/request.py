@@ -42,6 +42,7 @@ class Request:
         max_failures: How often to start again; -1 for always.
         cpus_per_worker: Cores that each rank reserves; None if it depends on the cluster.
         placement: Ray's placement strategy.
+        resize_seconds: How often an elastic run looks for room for more ranks.
         allow_open_cluster: Whether a cluster without a token is joined.
         folder: What relative paths of the recipe are relative to.
     """
@@ -52,6 +53,7 @@ class Request:
     max_failures: int
     cpus_per_worker: int | None
     placement: str
+    resize_seconds: float
     allow_open_cluster: bool
     folder: Path
 
@@ -65,7 +67,7 @@ def request_of(arguments: Namespace, config: RunConfig) -> Request:
     workers = parse_workers(arguments.workers) if arguments.workers is not None else None
     problems = [
         *(uneven_counts(config, workers) if workers else []),
-        *misnumbered(arguments.max_failures, arguments.cpus_per_worker),
+        *misnumbered(arguments),
         *unknown_address(arguments.address),
     ]
     if problems:
@@ -77,6 +79,7 @@ def request_of(arguments: Namespace, config: RunConfig) -> Request:
         max_failures=arguments.max_failures,
         cpus_per_worker=arguments.cpus_per_worker,
         placement=arguments.placement.upper().replace("-", "_"),
+        resize_seconds=arguments.resize_seconds,
         allow_open_cluster=arguments.allow_open_cluster,
         folder=Path.cwd(),
     )
@@ -125,17 +128,21 @@ def uneven_counts(config: RunConfig, workers: Workers) -> Sequence[str]:
     ]
 
 
-def misnumbered(max_failures: int, cpus_per_worker: int | None) -> Sequence[str]:
-    """Return what is wrong with counts."""
+def misnumbered(arguments: Namespace) -> Sequence[str]:
+    """Return what is wrong with other numbers."""
+    failures, cores = arguments.max_failures, arguments.cpus_per_worker
     problems: list[str] = []
-    if max_failures < -1:
+    if failures < -1:
         problems.append(
-            f"--max-failures {max_failures}: is no number of failures; type --max-failures -1 to "
-            "start again always, 0 for never"
+            f"--max-failures {failures}: is no number of failures; type --max-failures -1 to start "
+            "again always, 0 for never"
         )
-    if cpus_per_worker is not None and cpus_per_worker < 1:
+    if cores is not None and cores < 1:
+        problems.append(f"--cpus-per-worker {cores}: a rank needs one; type --cpus-per-worker 1")
+    if arguments.resize_seconds <= 0:
         problems.append(
-            f"--cpus-per-worker {cpus_per_worker}: a rank needs a core; type --cpus-per-worker 1"
+            f"--resize-seconds {arguments.resize_seconds:g}: must be more than 0; type "
+            "--resize-seconds 60"
         )
     return problems
 
