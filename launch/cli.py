@@ -17,6 +17,7 @@ from typing import NoReturn
 from interlace.launch.launchers.parser import add_launch
 from interlace.launch.mup.parser import add_mup
 from interlace.launch.sweep.parser import add_sweep
+from interlace.trainer.ends import is_of_a_peer, is_told_later
 from interlace.trainer.errors import UserError
 from interlace.trainer.exits import Exit, status_of
 
@@ -409,12 +410,17 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
 
 def guarded(action: Callable[[], int]) -> int:
-    """Run an action and turn what it raises into a message and an exit status."""
+    """Run an action and turn what it raises into a message and an exit status.
+
+    Of several ranks that fail together, most only say that another has gone. That they leave to
+    their files (`interlace.trainer.ends`); so does everyone under a launcher that tells in the end
+    which rank failed first.
+    """
     main_rank = os.environ.get("RANK", "0") == "0"
     try:
         return action()
     except UserError as error:
-        if main_rank:
+        if main_rank and not is_told_later(error):
             print(f"interlace: {error}", file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt:
@@ -425,13 +431,27 @@ def guarded(action: Callable[[], int]) -> int:
         # The reader of our output has left (`| head`); nobody listens to an explanation either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.DEFECT
-    except Exception:
+    except Exception as error:
+        if is_told_later(error):
+            return Exit.DEFECT
+        if os.environ.get("WORLD_SIZE", "1") != "1" and is_of_a_peer(error):
+            if main_rank:
+                print(f"interlace: another rank has gone: {first_line(error)}", file=sys.stderr)
+            return Exit.DEFECT
         traceback.print_exc()
         print(
             "interlace: this is a defect of interlace; the traceback above tells where",
             file=sys.stderr,
         )
         return Exit.DEFECT
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a message, or the kind of error if it has none, and where more is
+    written.
+    """
+    notes: list[str] = getattr(error, "__notes__", [])
+    return "; ".join([(str(error).splitlines() or [type(error).__name__])[0], *notes])
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:

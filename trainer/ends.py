@@ -30,6 +30,7 @@ CONSEQUENCES = frozenset({"peer", "waiting"})
 LAUNCHER_VARIABLE = "INTERLACE_LAUNCHER"
 """Set by a launcher that prints `first_failure` itself when all ranks have ended."""
 
+_RECORDED = "recorded in "
 _ATTEMPT = re.compile(r"attempt-([1-9][0-9]*)")
 _RANK = re.compile(r"rank-[0-9]+\.json")
 _PEER_WORDS = re.compile(
@@ -166,6 +167,18 @@ def is_of_a_peer(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, ConnectionError)) and bool(
         _PEER_WORDS.search(str(error))
     )
+
+
+def mark_recorded(error: BaseException, path: Path) -> None:
+    """Note on an error where it is written."""
+    error.add_note(f"{_RECORDED}{path}")
+
+
+def is_told_later(error: BaseException) -> bool:
+    """Whether an error is on record and a launcher is there who will print the first of them."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    recorded = any(note.startswith(_RECORDED) for note in notes)
+    return recorded and bool(os.environ.get(LAUNCHER_VARIABLE))
 
 
 def readable_traceback(error: BaseException) -> str:

@@ -10,7 +10,14 @@ from types import TracebackType
 
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.config.watchdog_section import WatchdogSection
-from interlace.trainer.ends import End, Kind, is_of_a_peer, readable_traceback, record_end
+from interlace.trainer.ends import (
+    End,
+    Kind,
+    is_of_a_peer,
+    mark_recorded,
+    readable_traceback,
+    record_end,
+)
 from interlace.trainer.errors import UserError
 from interlace.trainer.exits import Exit, status_of
 from interlace.trainer.heartbeat import Heartbeat
@@ -98,7 +105,7 @@ class Supervision:
         if path is None:
             print(f"interlace: how rank {end.rank} ended could not be written", file=sys.stderr)
         else:
-            error.add_note(f"recorded in {path}")
+            mark_recorded(error, path)
 
 
 def judge(error: BaseException) -> tuple[Kind, int]:
