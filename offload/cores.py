@@ -1,8 +1,9 @@
-"""Cores and threads for updates on the host.
+"""Cores and threads of a rank: one account of who has which.
 
 Launchers start one process per GPU, often with one thread each and sometimes bound to one core; an
 update on the host then takes ten times as long. Each rank gets its own part of the cores near its
-GPU, and threads of its own on them.
+GPU (`bind_rank`), and threads of its own for updates on them (`CpuPool`). Memory follows: a page
+lies on the NUMA node of the core that first touches it, which is one of the rank's.
 """
 
 import os
@@ -16,6 +17,12 @@ import torch
 
 SPARED_CORES = 2
 """Cores of a rank with a GPU that updates leave alone: for Python, and for the lanes' threads."""
+
+HOST_CORES = "INTERLACE_HOST_CORES"
+"""Set by a launcher: the cores that it may use, which are for the ranks it starts and no others."""
+
+OWN_CORES = "INTERLACE_RANK_CORES"
+"""Set by `bind_rank`, for what this process starts: the cores that are this rank's alone."""
 
 
 class CpuPool:
@@ -87,18 +94,50 @@ def core_share(device: torch.device | None) -> CoreShare:
     """Return this rank's cores: those near its GPU, divided among the ranks whose GPUs are near the
     same ones.
 
-    Where somebody has restricted the process already (a launcher that binds ranks, a container)
-    nobody knows whether other ranks have the same cores: then they count as shared, and the
-    operating system places the threads.
+    Where somebody else has restricted the process (a launcher that binds ranks, a container) nobody
+    knows whether other ranks have the same cores: then they count as shared, and the operating
+    system places the threads.
     """
-    ranks, rank = local_ranks(), int(os.environ.get("LOCAL_RANK", "0"))
-    usable = usable_cores()
+    ranks, usable = local_ranks(), usable_cores()
     if ranks == 1:
         return CoreShare(spared(sorted(near(device, usable)), device), 1)
-    if len(usable) < (os.cpu_count() or 1) or len(usable) < ranks:
+    if written_in(OWN_CORES) == usable:
+        return CoreShare(spared(sorted(usable), device), 1)
+    if not divisible(usable, ranks):
         return CoreShare(tuple(sorted(usable)), ranks)
-    mine = divided(usable, ranks, rank, device)
-    return CoreShare(spared(mine, device), 1)
+    return CoreShare(spared(divided(usable, ranks, local_rank(), device), device), 1)
+
+
+def bind_rank(device: torch.device | None) -> None:
+    """Bind this process, if it is one of several ranks of a host, to its own part of the cores, the
+    first two of which updates spare on a GPU; does nothing where `core_share` would not divide
+    them. Threads that torch starts later, and processes, stay on these cores.
+    """
+    ranks, usable = local_ranks(), usable_cores()
+    if ranks == 1 or written_in(OWN_CORES) == usable or not divisible(usable, ranks):
+        return
+    if hasattr(os, "sched_setaffinity"):
+        mine = divided(usable, ranks, local_rank(), device)
+        os.sched_setaffinity(0, mine)
+        os.environ[OWN_CORES] = core_list(mine)
+
+
+def divisible(usable: set[int], ranks: int) -> bool:
+    """Whether these cores are known to be for the ranks of this host together: all there are, or
+    those of the launcher that started them.
+    """
+    whole = len(usable) >= (os.cpu_count() or 1) or written_in(HOST_CORES) == usable
+    return whole and len(usable) >= ranks
+
+
+def written_in(variable: str) -> set[int]:
+    """Return the cores that an environment variable lists; none if it is not set."""
+    return parse_core_list(os.environ.get(variable, ""))
+
+
+def core_list(cores: Collection[int]) -> str:
+    """Return cores as `parse_core_list` reads them."""
+    return ",".join(str(core) for core in sorted(cores))
 
 
 def divided(usable: set[int], ranks: int, rank: int, device: torch.device | None) -> list[int]:
@@ -144,6 +183,11 @@ def parse_core_list(text: str) -> set[int]:
         if first:
             cores |= set(range(int(first), int(last or first) + 1))
     return cores
+
+
+def local_rank() -> int:
+    """Return which of the ranks of this host this is, from the launcher's environment."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_ranks() -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from interlace.offload.cores import local_ranks
+from interlace.offload.cores import bind_rank, local_ranks
 from interlace.offload.hardware import HardwareProfile, profile_hardware, with_active_ranks
 from interlace.offload.measure import known_profile
 from interlace.offload.report import UpdateReport
@@ -128,6 +128,9 @@ def assemble(
     corpus = world.on_main(lambda: checked_corpus(config))
     dtype = compute_dtype_of(config.train, world.device.type)
     hardware = hardware_for(config, world, dtype)
+    # The corpus is tokenised and the machine measured with all cores; from here on each rank has
+    # its own.
+    bind_rank(world.device)
     setting = Setting(
         world_size=world.size,
         device_type=world.device.type,

@@ -45,14 +45,27 @@ class Scheduler:
 
     program: tuple[str, ...]
     file: str
-    render: Callable[[Namespace, Recipe], str]
+    render: Callable[[Namespace, Recipe], "Job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as text.
+
+    Attributes:
+        text: What the scheduler reads.
+        folder: Run folder that was made for it on this machine, where one was.
+    """
+
+    text: str
+    folder: Path | None = None
 
 
 def launch_job(arguments: Namespace, recipe: Recipe) -> int:
     """Print a job, or hand it over; return the exit status."""
     scheduler = SCHEDULERS[arguments.launcher]
     if arguments.dry_run:
-        print(scheduler.render(arguments, recipe), end="")
+        print(scheduler.render(arguments, recipe).text, end="")
         return 0
     program = scheduler.program[0]
     if shutil.which(program) is None:
@@ -66,7 +79,7 @@ def launch_job(arguments: Namespace, recipe: Recipe) -> int:
     return 0
 
 
-def submit(scheduler: Scheduler, text: str) -> None:
+def submit(scheduler: Scheduler, job: Job) -> None:
     """Hand a job over in a file that only we can read and that is gone afterwards.
 
     Raises:
@@ -74,16 +87,18 @@ def submit(scheduler: Scheduler, text: str) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="interlace-job-") as folder:
         path = Path(folder) / scheduler.file
-        path.write_text(text, encoding="utf-8")
+        path.write_text(job.text, encoding="utf-8")
         done = subprocess.run([*scheduler.program, str(path)], check=False)
     if done.returncode != 0:
+        if job.folder is not None and not any(job.folder.iterdir()):
+            job.folder.rmdir()
         raise UserError(
             f"{scheduler.program[0]} did not take the job (status {done.returncode}); what it said "
             "is above, and --dry-run shows the job"
         )
 
 
-def slurm(arguments: Namespace, recipe: Recipe) -> str:
+def slurm(arguments: Namespace, recipe: Recipe) -> Job:
     """Return the sbatch script of a run."""
     problems = [
         *positive("--nodes", arguments.nodes),
@@ -94,10 +109,11 @@ def slurm(arguments: Namespace, recipe: Recipe) -> str:
     ]
     if arguments.gpus_per_node < 0:
         problems.append(f"--gpus-per-node {arguments.gpus_per_node}: must be 0 or more")
-    refuse(problems)
-    run = fixed_run(arguments, recipe, claim=not arguments.dry_run)
-    log = f"{run.folder}-slurm-%j.log"
-    refuse(misspelled("run.dir", str(run.folder), "path"))
+    run = fixed_run(arguments, recipe, claim=False)
+    refuse([*problems, *misspelled("run.dir", str(run.folder), "path")])
+    claims = not arguments.dry_run and not recipe.config.run.dir
+    if claims:
+        run = fixed_run(arguments, recipe)
     options = {
         "--gpus-per-node": arguments.gpus_per_node or None,
         "--partition": arguments.partition,
@@ -106,14 +122,14 @@ def slurm(arguments: Namespace, recipe: Recipe) -> str:
     given = [f"#SBATCH {key}={value}\n" for key, value in options.items() if value is not None]
     ranks = max(1, arguments.gpus_per_node)
     job_options = ["--run", str(run.folder), "--ranks-per-node", str(ranks)]
-    return filled(
+    text = filled(
         "slurm.sh",
         {
             "RUN_NAME": run.name,
             "NODES": str(arguments.nodes),
             "TIME": arguments.time,
             "NOTICE": str(arguments.notice),
-            "LOG": log,
+            "LOG": f"{run.folder}-slurm-%j.log",
             "OPTIONS": "".join(given),
             "WORK_FOLDER": in_shell(str(Path.cwd())),
             "PYTHON": in_shell(sys.executable),
@@ -121,9 +137,10 @@ def slurm(arguments: Namespace, recipe: Recipe) -> str:
             "WORDS": in_shell(*run.words),
         },
     )
+    return Job(text, run.folder if claims else None)
 
 
-def kubernetes(arguments: Namespace, recipe: Recipe) -> str:
+def kubernetes(arguments: Namespace, recipe: Recipe) -> Job:
     """Return the RayJob of a run."""
     namespace = arguments.namespace or "default"
     problems = [
@@ -143,7 +160,7 @@ def kubernetes(arguments: Namespace, recipe: Recipe) -> str:
         resources["nvidia.com/gpu"] = str(gpus)
     workers = ["--address", "auto", "--workers", str(nodes * max(1, gpus))]
     command = ["interlace", "launch", "ray", "/recipe/recipe.toml", *far_overrides(recipe)]
-    return filled(
+    text = filled(
         "kuberay.yaml",
         {
             "RUN_NAME": recipe.config.run.name,
@@ -157,9 +174,10 @@ def kubernetes(arguments: Namespace, recipe: Recipe) -> str:
             "RESOURCES": json.dumps(resources),
         },
     )
+    return Job(text)
 
 
-def skypilot(arguments: Namespace, recipe: Recipe) -> str:
+def skypilot(arguments: Namespace, recipe: Recipe) -> Job:
     """Return the SkyPilot task of a run."""
     refuse(
         [
@@ -169,7 +187,7 @@ def skypilot(arguments: Namespace, recipe: Recipe) -> str:
             *misspelled("--volume", arguments.volume, "name"),
         ]
     )
-    return filled(
+    text = filled(
         "skypilot.yaml",
         {
             "RUN_NAME": recipe.config.run.name,
@@ -182,6 +200,7 @@ def skypilot(arguments: Namespace, recipe: Recipe) -> str:
             "OVERRIDES": in_shell(*far_overrides(recipe)),
         },
     )
+    return Job(text)
 
 
 def far_overrides(recipe: Recipe) -> list[str]:

@@ -64,6 +64,8 @@ class Ranks:
         if "OMP_NUM_THREADS" not in own:
             # torchrun would set 1 for all of them, whatever the machine has.
             own["OMP_NUM_THREADS"] = str(threads_of_each(self.per_node))
+        # Named here once more, since what defines it loads torch: interlace.offload.cores.
+        own["INTERLACE_HOST_CORES"] = ",".join(str(core) for core in usable_cores())
         if self.meeting is None and sys.platform == "linux":
             # Ranks of one machine have no business on its network.
             own.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -144,5 +146,13 @@ def ranks_here(text: str) -> tuple[int, list[str]]:
 
 def threads_of_each(ranks: int) -> int:
     """Return the threads that each of so many ranks of this machine computes with."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (usable or 1) // ranks)
+    return max(1, len(usable_cores()) // ranks)
+
+
+def usable_cores() -> list[int]:
+    """Return the cores that this process may run on; `interlace.offload.cores` says the same, but
+    loads torch.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

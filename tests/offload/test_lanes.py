@@ -7,7 +7,15 @@ import time
 import pytest
 import torch
 
-from interlace.offload.cores import CpuPool, core_share, local_ranks, parse_core_list, usable_cores
+from interlace.offload.cores import (
+    CoreShare,
+    CpuPool,
+    bind_rank,
+    core_share,
+    local_ranks,
+    parse_core_list,
+    usable_cores,
+)
 from interlace.offload.hardware import resident_bytes
 from interlace.offload.lanes import Lane, LaneError, Lanes, Throttle
 from interlace.offload.memory import HostSlabs
@@ -156,6 +164,41 @@ def test_ranks_of_a_host_divide_its_cores(monkeypatch: pytest.MonkeyPatch) -> No
     pool = CpuPool()
     assert pool.threads == 2
     pool.close()
+
+
+def test_a_rank_is_bound_to_its_cores_and_then_has_them_for_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cores, bound = set(range(8)), []
+
+    def bind(process: int, wanted: list[int]) -> None:
+        bound.append((process, wanted))
+        cores.intersection_update(wanted)
+
+    monkeypatch.setattr("interlace.offload.cores.usable_cores", lambda: set(cores))
+    monkeypatch.setattr("os.sched_setaffinity", bind)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("INTERLACE_HOST_CORES", raising=False)
+    # Undone at the end, whatever is set in between.
+    monkeypatch.setenv("INTERLACE_RANK_CORES", "")
+    # Half of a host that somebody restricted: nobody knows who else has it.
+    bind_rank(None)
+    assert bound == []
+    # The launcher says that it had these cores, so they are for its two ranks.
+    monkeypatch.setenv("INTERLACE_HOST_CORES", "0-7")
+    bind_rank(None)
+    assert bound == [(0, [4, 5, 6, 7])]
+    assert core_share(None) == CoreShare((4, 5, 6, 7), 1)
+    bind_rank(None)
+    assert len(bound) == 1
+
+
+def test_a_rank_that_is_alone_on_its_host_is_not_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr("os.sched_setaffinity", lambda *_: pytest.fail("bound"))
+    bind_rank(None)
 
 
 def test_a_list_of_cores_is_read_as_the_kernel_writes_it() -> None:
