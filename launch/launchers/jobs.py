@@ -145,9 +145,9 @@ def kubernetes(arguments: Namespace, recipe: Recipe) -> Job:
     namespace = arguments.namespace or "default"
     problems = [
         *positive("--nodes", arguments.nodes),
-        *misspelled("--namespace", namespace, "name"),
+        *misspelled("--namespace", namespace, "label"),
         *misspelled("--image", arguments.image, "image"),
-        *misspelled("--volume", arguments.volume, "name"),
+        *misspelled("--volume", arguments.volume, "label"),
     ]
     if arguments.gpus_per_node < 0:
         problems.append(f"--gpus-per-node {arguments.gpus_per_node}: must be 0 or more")
@@ -184,7 +184,7 @@ def skypilot(arguments: Namespace, recipe: Recipe) -> Job:
             *positive("--nodes", arguments.nodes),
             *misspelled("--accelerators", arguments.accelerators, "accelerators"),
             *misspelled("--image", arguments.image, "image"),
-            *misspelled("--volume", arguments.volume, "name"),
+            *misspelled("--volume", arguments.volume, "label"),
         ]
     )
     text = filled(

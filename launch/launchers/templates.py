@@ -20,8 +20,8 @@ class Job(Template):
 
     delimiter = "@"
     braceidpattern = r"[A-Z_]+"
+    # Without braces nothing is a place, but a mistake.
     idpattern = r"(?!)"
-    """Without braces nothing is a place."""
 
 
 def filled(name: str, values: Mapping[str, str]) -> str:
@@ -50,6 +50,7 @@ def in_shell(*words: str) -> str:
 
 LETTERS = {
     "name": (r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "letters, digits, dots, dashes and underscores"),
+    "label": (r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", "lower-case letters, digits and dashes"),
     "path": (r"[A-Za-z0-9/._+=,@:-]+", "letters, digits and /._+=,@:-, for Slurm's sake"),
     "image": (r"[A-Za-z0-9][A-Za-z0-9/._:@-]*", "an image, as in REPOSITORY/IMAGE:TAG"),
     "accelerators": (r"[A-Za-z0-9-]+:[0-9]+", "NAME:N, as in H100:8"),
