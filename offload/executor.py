@@ -187,6 +187,7 @@ class Executor:
     def update_on_host(self, work: Work) -> None:
         """Share the slab over the threads of the pool."""
         subgroup = work.subgroup
+        subgroup.about_to_change()
         upload = None if subgroup.upload is subgroup.slabs[MASTER] else subgroup.upload
         slab = Slab(
             gradient=subgroup.gradient,
@@ -261,6 +262,8 @@ def update_members(work: Work, slabs: Mapping[str, torch.Tensor]) -> None:
     share a launch.
     """
     subgroup, rule = work.subgroup, work.subgroup.layout.rule
+    # Of staged state too, which changes only when it is copied back: the weights change now.
+    subgroup.about_to_change()
     pieces = [device_piece(subgroup, segment, slabs) for segment in work.segments]
     steps = [work.step(segment, segment.start) for segment in work.segments]
     for segment, piece in zip(work.segments, pieces, strict=True):

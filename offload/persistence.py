@@ -116,6 +116,7 @@ def check_thresholds(
 
 def load_member(subgroup: SubgroupState, member: Member, saved: Mapping[str, torch.Tensor]) -> None:
     """Copy one parameter's state; what was never saved (no update yet) becomes zero."""
+    subgroup.about_to_change()
     piece = slice(member.start, member.stop)
     for name in subgroup.layout.rule.moments:
         slab = subgroup.slabs[name][piece]

@@ -151,6 +151,9 @@ class SubgroupState:
         upload: With home `host`: what is copied to the weights, in their dtype.
         updating: All work of the last update.
         weights_ready: The ticket after which the weights are new.
+        version: How often the state has begun to change; with no work under way, that of the state.
+        before_change: Called before the state changes, by whoever is going to change it, and waited
+            for: a snapshot takes there what it has not read yet. None where nobody cares.
     """
 
     def __init__(
@@ -179,6 +182,8 @@ class SubgroupState:
         self.upload: torch.Tensor | None = None
         self.updating: list[Ticket] = []
         self.weights_ready: Ticket | None = None
+        self.version = 0
+        self.before_change: Callable[[SubgroupState], None] | None = None
         if layout.learns_thresholds:
             for member in self.members:
                 count = block_count(group)
@@ -200,6 +205,14 @@ class SubgroupState:
         """Block until no work of this subgroup is under way."""
         for ticket in (*self.arriving, *self.updating):
             ticket.wait()
+
+    def about_to_change(self) -> None:
+        """Called by whoever is going to write to the state (master, moments, or weights that are
+        the master), on his own thread: wait until everybody else is content, and count.
+        """
+        if self.before_change is not None:
+            self.before_change(self)
+        self.version += 1
 
     def begin(self, home: Home) -> None:
         """Create the state in its home: master from the weights, moments zero."""
@@ -273,6 +286,7 @@ class SubgroupState:
         new weight is part of the master by itself; the remainder stays, which is less than half a
         step of the weight.
         """
+        self.about_to_change()
         if self.splits and MASTER in self.slabs:
             self.copy_weights_into(self.slabs[MASTER])
         for member in self.members:
@@ -297,15 +311,22 @@ class SubgroupState:
 
     def master_of(self, member: Member) -> torch.Tensor:
         """Return a member's weights in full precision, local, in its shape (maybe a copy)."""
-        piece = slice(member.start, member.stop)
-        high = self.slabs[MASTER][piece] if MASTER in self.slabs else member.weight
-        if self.splits:
-            remainder = self.slabs[REMAINDER][piece]
+        high, remainder = self.planes_of(member)
+        if remainder is not None:
             high = merge_master(high.to(remainder.device), remainder)
         return high.view(local(member.parameter).shape)
 
+    def planes_of(self, member: Member) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the memory of a member's master, 1-D: itself, or with a split master its high
+        plane and the remainder, which may be on different devices.
+        """
+        piece = slice(member.start, member.stop)
+        high = self.slabs[MASTER][piece] if MASTER in self.slabs else member.weight
+        return high, self.slabs[REMAINDER][piece] if self.splits else None
+
     def set_master(self, member: Member, master: torch.Tensor) -> None:
         """Write a member's weights in full precision, and the model's weights rounded from them."""
+        self.about_to_change()
         weight = self.keep_master(member, master.reshape(-1))
         with torch.no_grad():
             member.weight.copy_(weight)

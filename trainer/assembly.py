@@ -6,7 +6,7 @@ what a person looks at afterwards.
 """
 
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from interlace.trainer.attention_choice import check_attention
 from interlace.trainer.batches import StepBatches
 from interlace.trainer.checkpoint.state import Progress, TrainingState, load_newest
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.contract import ENVIRONMENT_NAME, contract_note, read_environment
 from interlace.trainer.data.prepare import TOKENIZER_NAME, prepare
 from interlace.trainer.data.rows import TrainingRows, ValidationRows
 from interlace.trainer.data.shards import PreparedCorpus
@@ -50,6 +51,7 @@ from interlace.trainer.parallel import (
 )
 from interlace.trainer.parts import Parts
 from interlace.trainer.plan import Plan, Setting, resolve
+from interlace.trainer.rendezvous import agree
 from interlace.trainer.run import Run
 from interlace.trainer.run_folder import (
     RunFolder,
@@ -95,6 +97,7 @@ def open_run(
             # With overlap the last update is complete, but nobody has asked for its report.
             parts.state.optimizer.finish_report()
         finally:
+            run.saving.close()
             traces.close()
             console.close()
             if metrics is not None:
@@ -124,6 +127,7 @@ def assemble(
     began: Callable[[RunFolder, int], Heartbeat] | None = None,
 ) -> tuple[Parts, Progress, list[str]]:
     """Build everything a run needs; return it with the restored progress and notes for a person."""
+    agree(config, world)
     folder = world.on_main(lambda: open_run_folder(config))
     corpus = world.on_main(lambda: checked_corpus(config))
     dtype = compute_dtype_of(config.train, world.device.type)
@@ -157,7 +161,10 @@ def assemble(
     progress, notes = restore(folder, attempt, state, corpus, manifest)
     if world.is_main:
         notes += keep_plugins(folder.path, config.model.plugins)
-        describe(folder.path, config, plan, corpus)
+        environment = describe_environment(world.size)
+        if folder.resumes:
+            notes.append(contract_note(read_environment(folder.path), environment))
+        describe(folder.path, config, plan, corpus, environment)
         if manifest.entries:
             write_json(folder.path / MANIFEST_NAME, manifest.document)
     batches = StepBatches(
@@ -290,11 +297,17 @@ def restore(
     return saved.progress, [*restored.messages, resumed]
 
 
-def describe(run_dir: Path, config: RunConfig, plan: Plan, corpus: PreparedCorpus) -> None:
+def describe(
+    run_dir: Path,
+    config: RunConfig,
+    plan: Plan,
+    corpus: PreparedCorpus,
+    environment: Mapping[str, object],
+) -> None:
     """Write what a run folder tells of itself before the first step."""
     write_atomically(run_dir / "config.toml", config_text(config))
     write_json(run_dir / "plan.json", plan.model_dump(mode="json"))
-    write_json(run_dir / "environment.json", describe_environment(plan.world_size))
+    write_json(run_dir / ENVIRONMENT_NAME, environment)
     shutil.copyfile(corpus.folder / TOKENIZER_NAME, run_dir / TOKENIZER_NAME)
 
 

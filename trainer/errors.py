@@ -41,6 +41,10 @@ class StorageError(SaveError):
     """Nothing could be saved for so long that going on would risk too much work."""
 
 
+class Preempted(UserError):
+    """Asked to stop, and there was no time left to save; the newest checkpoint is what there is."""
+
+
 class NumericsError(UserError):
     """Losses, gradients or bits that cannot be right; names the evidence folder."""
 

@@ -11,6 +11,7 @@ from interlace.trainer.errors import (
     MemoryShort,
     NoProgress,
     NumericsError,
+    Preempted,
     Stalled,
     StorageError,
     UserError,
@@ -74,4 +75,5 @@ _STATUSES: dict[type[UserError], Exit] = {
     MemoryShort: Exit.MEMORY,
     NoProgress: Exit.NO_PROGRESS,
     StorageError: Exit.STORAGE,
+    Preempted: Exit.PREEMPTED,
 }

@@ -73,7 +73,7 @@ class Run:
         self.metrics = metrics
         self.stop = stop
         self.stop_requested = False
-        self.saving = Saving(parts, progress.step, console)
+        self.saving = Saving(parts, progress.step, console, stop)
         self.guarding = Guarding(parts, console)
         self.heartbeat = parts.heartbeat
         self.stragglers = Stragglers(parts.world.size, parts.config.watchdog.straggler_factor)
@@ -110,16 +110,21 @@ class Run:
         self.notes.rate = learning_rate(step, plan.steps, self.parts.config.optimizer)
         # Before backward: with overlap an update begins as soon as its gradients are complete.
         set_learning_rate(self.parts.state.optimizer, self.notes.rate)
+        self.guarding.integrity.idle.before_backward()
         sums = StepSums()
         self.heartbeat.enter("data", step + 1)
         for batch in self.parts.batches.of_step(step):
-            sums.add(self.backward_of(batch), plan.accumulation)
+            loss = self.guarding.integrity.backward(batch, self.backward_of)
+            sums.add(loss, plan.accumulation)
             self.heartbeat.enter("data")
         self.heartbeat.enter("exchange")
-        flags = {"stop": float(self.stop.received)}
+        flags = {"stop": float(self.stop.received), **self.saving.flags()}
+        flags |= self.guarding.integrity.flags()
         heard = sums.exchange(self.parts.world, flags, self.heartbeat.own.take())
+        self.guarding.integrity.hear(step, heard.flags, self.backward_of)
         for sentence in self.stragglers.observe(heard.seconds):
             self.console.note(f"step {step + 1}: {sentence}")
+        self.saving.hear(heard.flags)
         self.stop_requested = heard.flags["stop"] > 0
         self.notes.details, self.notes.expert_loads = heard.details, heard.loads
         return heard.loss
@@ -179,6 +184,7 @@ class Run:
             optimizer.step()
             self.parts.model.balance_experts(self.notes.expert_loads)
         optimizer.zero_grad()
+        self.guarding.integrity.idle.after_update(step)
         self.diagnose_update(step)
 
     def validate_if_due(self) -> None:
@@ -245,9 +251,10 @@ class Run:
             self.saving.save_if_due(self.progress)
 
     def conclude(self) -> None:
-        """Save what is not saved yet, after the last step or on a stop signal.
+        """Save what is not saved yet, after the last step or when asked to stop.
 
         Raises:
-            SaveError: The last state could not be saved; the newest checkpoint is older.
+            Preempted: Asked to stop, and there is no time to save.
+            StorageError: The last state could not be saved; the newest checkpoint is older.
         """
         self.saving.conclude(self.progress)

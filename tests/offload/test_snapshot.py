@@ -11,8 +11,11 @@ from interlace.offload.hardware import HardwareProfile
 from interlace.offload.optimizer import OffloadedOptimizer
 from interlace.offload.options import OffloadOptions
 from interlace.offload.schedule import Home, MemoryBudget
+from interlace.trainer.checkpoint.ledger import Pool
+from interlace.trainer.checkpoint.live import Source
+from interlace.trainer.checkpoint.snapshot import Snapshot
 from interlace.trainer.checkpoint.state import TrainingState
-from interlace.trainer.checkpoint.tensors import TensorReader, write_tensors
+from interlace.trainer.checkpoint.tensors import TensorReader
 from interlace.trainer.world import World
 
 PARTS, ELEMENTS = 16, 8_000_000
@@ -49,19 +52,30 @@ def training(profile: HardwareProfile) -> tuple[torch.nn.ParameterList, Offloade
     return model, optimizer
 
 
-def test_a_gigabyte_saved_during_an_update_is_never_torn(
+def test_a_gigabyte_saved_beside_updates_is_never_torn(
     training: tuple[torch.nn.ParameterList, OffloadedOptimizer], tmp_path: Path
 ) -> None:
     model, optimizer = training
     state = TrainingState(model, optimizer, NothingMore(), World())
     ones = torch.ones(ELEMENTS, dtype=torch.bfloat16)
-    for step in range(1, 4):
+
+    def update() -> None:
         for weight in model:
             weight.grad = ones.clone()
         optimizer.step()
-        # The update has just been launched, and the save begins at once.
+
+    update()
+    pool = Pool(None)
+    for step in range(1, 4):
+        # An update has just been launched when the snapshot is taken, and the next one follows at
+        # once, while the snapshot is read.
         path = tmp_path / f"step-{step}.safetensors"
-        _, index = write_tensors(path, state.tensors(), 0)
+        sources = [source for live in state.live() if (source := Source.of(live, 0)) is not None]
+        snapshot = Snapshot(sources, pool, path, torch.device("cpu"))
+        update()
+        snapshot.wait()
+        assert snapshot.written is not None, snapshot.error
+        _, index = snapshot.written
         reader = TensorReader(index, {path.name: path})
         # Momentum 1 and gradients of 1: the buffer counts steps, the master sums the counts.
         for name in index:
@@ -71,4 +85,5 @@ def test_a_gigabyte_saved_during_an_update_is_never_torn(
                 expected = -step * (step + 1) / 2
             assert bool((stored == expected).all()), (step, name)
         path.unlink()
+    assert snapshot.ledger.copied_bytes > 0
     optimizer.close()

@@ -1,4 +1,5 @@
-"""What a checkpoint of a training run holds, and how all ranks save and load it together.
+"""What a checkpoint of a training run holds, and how all ranks load it together (`saves` has how
+they save it).
 
 Tensors: fp32 weights, optimizer moments and learnt clip thresholds under canonical names
 (`model.<parameter>`, `optimizer.<parameter>.<moment>`), buffers of the model beside its weights,
@@ -9,9 +10,8 @@ The learning rate schedule and the data order are pure functions of the step and
 
 import base64
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy
@@ -20,23 +20,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from interlace.offload.optimizer import OffloadedOptimizer
-from interlace.offload.subgroup import THRESHOLD
-from interlace.trainer.checkpoint.commit import (
-    CheckpointStore,
-    FileRecord,
-    Manifest,
-    Superseded,
-)
+from interlace.offload.subgroup import THRESHOLD, Member, SubgroupState
+from interlace.trainer.checkpoint.commit import CheckpointStore, Manifest
 from interlace.trainer.checkpoint.failpoints import failpoint
-from interlace.trainer.checkpoint.tensors import (
-    TensorIndex,
-    TensorReader,
-    local_part,
-    merge_indexes,
-    parse_index,
-    write_tensors,
-)
-from interlace.trainer.errors import CheckpointError, SaveError
+from interlace.trainer.checkpoint.live import Live
+from interlace.trainer.checkpoint.tensors import TensorReader, local_part, parse_index
+from interlace.trainer.errors import CheckpointError
 from interlace.trainer.guards.spikes import SpikeMemory
 from interlace.trainer.world import World
 
@@ -120,10 +109,6 @@ class SavedScalars(BaseModel):
     random_states: tuple[RandomState, ...]
 
 
-Failure = SaveError | Superseded
-"""Why a save did not happen: it may be tried again, or another start of the run has taken over."""
-
-
 class Remembers(Protocol):
     """What a checkpoint needs of an objective."""
 
@@ -148,21 +133,39 @@ class TrainingState:
         The names and precisions are the same wherever the optimizer keeps its state; no update is
         under way any more.
         """
+        return {live.name: live.whole() for live in self.live()}
+
+    def live(self) -> list[Live]:
+        """Return where every tensor of the state lies, in the order of a checkpoint: what belongs
+        to a parameter together, parameters in the order of the model, which is about that of
+        updates. No update is under way any more.
+        """
         self.optimizer.finish_step()
-        named: dict[str, torch.Tensor] = {}
+        served = {
+            member.parameter: (subgroup, member)
+            for subgroup in self.optimizer.subgroups
+            for member in subgroup.members
+        }
+        found: list[Live] = []
         for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
+            if parameter.requires_grad:
+                found += self.of_parameter(name, *served[parameter])
+            else:
                 # Frozen: the optimizer knows nothing of it.
-                named[f"model.{name}"] = parameter.detach()
-                continue
-            named[f"model.{name}"] = self.optimizer.master(parameter)
-            state = self.optimizer.state[parameter]
-            for key in ("step", *self.optimizer.rule.moments, THRESHOLD):
-                if key in state:
-                    named[f"optimizer.{name}.{key}"] = state[key]
-        named |= {f"model.{name}": buffer for name, buffer in self.model.named_buffers()}
-        named |= {f"objective.{name}": tensor for name, tensor in self.objective.state().items()}
-        return named
+                found.append(Live(f"model.{name}", parameter.detach(), frozen=True))
+        found += [Live(f"model.{name}", buffer) for name, buffer in self.model.named_buffers()]
+        remembered = self.objective.state()
+        return found + [Live(f"objective.{name}", tensor) for name, tensor in remembered.items()]
+
+    def of_parameter(self, name: str, subgroup: SubgroupState, member: Member) -> list[Live]:
+        """Return a trained parameter's master and what the update rule remembers of it."""
+        high, remainder = subgroup.planes_of(member)
+        state = self.optimizer.state[member.parameter]
+        found = [Live(f"model.{name}", member.shaped(high), remainder, subgroup, member)]
+        for key in ("step", *self.optimizer.rule.moments, THRESHOLD):
+            if key in state:
+                found.append(Live(f"optimizer.{name}.{key}", state[key], None, subgroup, member))
+        return found
 
     def adopt(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Make what `tensors` returned, after it was filled from a checkpoint, the live state."""
@@ -185,101 +188,6 @@ def encode(state: torch.Tensor) -> str:
 def decode(text: str) -> torch.Tensor:
     """Return base64 text as a byte tensor."""
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-
-def save(
-    store: CheckpointStore,
-    attempt: int,
-    state: TrainingState,
-    scalars: Mapping[str, object],
-    progress: Progress,
-) -> Path | None:
-    """Commit a checkpoint of this step; every rank takes part and every rank learns the outcome.
-
-    Args:
-        store: The run's checkpoints.
-        attempt: The fencing token of this start of the run.
-        state: Live model and optimizer.
-        scalars: `config`, `corpus_digest`, `vocabulary_size` and `manifest` of `SavedScalars`.
-        progress: The run's counters.
-
-    Returns:
-        The committed folder on rank 0, None on the others.
-
-    Raises:
-        SaveError: Some rank could not write (disk full, for one); the unfinished folder is removed
-            and older checkpoints are as they were.
-        Superseded: A newer start of the run has taken over; this one must stop.
-    """
-    world, step = state.world, progress.step
-    needed = sum(bytes_of(tensor) for tensor in state.tensors().values())
-    failure = attempt_on_main(world, lambda: store.reserve(step, attempt, needed))
-    if failure is None:
-        failure = write_and_publish(store, attempt, state, scalars, progress)
-    if failure is not None:
-        if world.is_main:
-            store.abandon(step, attempt)
-        world.barrier()
-        raise failure
-    return store.committed_path(step) if world.is_main else None
-
-
-def write_and_publish(
-    store: CheckpointStore,
-    attempt: int,
-    state: TrainingState,
-    scalars: Mapping[str, object],
-    progress: Progress,
-) -> Failure | None:
-    """Write this rank's file, gather all ranks' records, publish on rank 0; return a failure or
-    None.
-    """
-    world, step = state.world, progress.step
-    folder = store.inflight_path(step, attempt)
-    name = f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors"
-    written: tuple[FileRecord, TensorIndex] | str
-    try:
-        written = write_tensors(folder / name, state.tensors(), world.rank)
-    except (SaveError, OSError) as error:
-        written = str(error)
-    records = world.gather((written, RandomState.capture(world.device)))
-    files: list[FileRecord] = []
-    indexes: list[TensorIndex] = []
-    random_states: list[RandomState] = []
-    for outcome, random_state in records:
-        if isinstance(outcome, str):
-            return SaveError(outcome)
-        files.append(outcome[0])
-        indexes.append(outcome[1])
-        random_states.append(random_state)
-    saved = SavedScalars.model_validate(
-        {**scalars, "progress": progress, "random_states": tuple(random_states)}
-    )
-
-    def publish() -> None:
-        index = {name: entry.model_dump() for name, entry in merge_indexes(indexes).items()}
-        payload = {"tensors": index, "scalars": saved.model_dump(mode="json")}
-        store.publish(step, attempt, files, payload)
-
-    return attempt_on_main(world, publish)
-
-
-def attempt_on_main(world: World, action: Callable[[], object]) -> Failure | None:
-    """Run `action` on rank 0 and tell every rank how it failed, or None."""
-    failure: Failure | None = None
-    if world.is_main:
-        try:
-            action()
-        except Superseded as error:
-            failure = error
-        except (SaveError, CheckpointError, OSError) as error:
-            failure = SaveError(str(error))
-    return world.broadcast(failure)
-
-
-def bytes_of(tensor: torch.Tensor) -> int:
-    """Return the global size of a tensor in bytes."""
-    return tensor.numel() * tensor.element_size()
 
 
 @dataclass(frozen=True)

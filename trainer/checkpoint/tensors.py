@@ -1,18 +1,19 @@
 """The tensor layer over the commit protocol: shards in safetensors, one canonical index over all of
 them.
 
-Every rank writes the slices it owns into one file of its own, in parallel. The index names each
-tensor once, by its canonical name, with its global shape and where each slice lies; it knows
-nothing of ranks, so any number of ranks reads what any other number wrote, by intersecting slices.
+Every rank writes the slices it owns into one file of its own, in parallel and piece by piece. The
+index names each tensor once, by its canonical name, with its global shape and where each slice
+lies; it knows nothing of ranks, so any number of ranks reads what any other number wrote, by
+intersecting slices.
 Reading never unpickles.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,7 +21,6 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from interlace.trainer.checkpoint.commit import FileRecord, write_file
 from interlace.trainer.checkpoint.header import Expected, check_header
 from interlace.trainer.errors import CheckpointError
 
@@ -78,6 +78,28 @@ class LocalPart:
     owned: bool
 
 
+@dataclass(frozen=True)
+class Placed:
+    """What a file holds of one tensor: a box of its elements.
+
+    Attributes:
+        dtype: Of the elements.
+        shape: Of the box.
+        offset: Where the box begins in the whole tensor.
+        global_shape: Of the whole tensor.
+    """
+
+    dtype: torch.dtype
+    shape: Extent
+    offset: Extent
+    global_shape: Extent
+
+    @property
+    def bytes(self) -> int:
+        """Size of the box."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
 def local_part(tensor: torch.Tensor, rank: int) -> LocalPart:
     """Return this rank's part of a plain tensor (all of it, owned by rank 0) or of a `DTensor`."""
     tensor = tensor.detach()
@@ -97,54 +119,38 @@ def local_part(tensor: torch.Tensor, rank: int) -> LocalPart:
     return LocalPart(local, tuple(offset), tuple(tensor.shape), owned=first and local.numel() > 0)
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], rank: int
-) -> tuple[FileRecord, TensorIndex]:
-    """Write the parts of `tensors` that this rank owns into one safetensors file, hashed while
-    written.
-
-    Raises:
-        SaveError: The file could not be written.
-    """
-    parts = {name: local_part(tensor, rank) for name, tensor in sorted(tensors.items())}
-    owned = {name: part for name, part in parts.items() if part.owned}
-    index = {
+def index_of(file: str, parts: Mapping[str, Placed]) -> TensorIndex:
+    """Return the index of one file that holds these parts, by tensor."""
+    return {
         name: TensorEntry(
-            dtype=DTYPE_NAMES[part.data.dtype],
+            dtype=DTYPE_NAMES[part.dtype],
             shape=part.global_shape,
-            slices=(Slice(file=path.name, offset=part.offset, shape=tuple(part.data.shape)),),
+            slices=(Slice(file=file, offset=part.offset, shape=part.shape),),
         )
-        for name, part in owned.items()
+        for name, part in parts.items()
     }
-    return write_file(path, safetensors_chunks(owned)), index
 
 
-def safetensors_chunks(parts: Mapping[str, LocalPart]) -> Iterator[bytes | memoryview]:
-    """Yield a safetensors file piece by piece: one tensor at a time is in host memory twice at
-    most.
+def safetensors_head(parts: Mapping[str, Placed]) -> bytes:
+    """Return the beginning of a safetensors file, behind which the bytes of all parts follow in the
+    same order.
 
     The library's own writer wants the whole file in memory before it can be hashed. Layout: eight
-    bytes of header length (little-endian), a JSON header padded to eight bytes, the tensors' bytes
-    in header order.
+    bytes of header length (little-endian), a JSON header padded to eight bytes.
     """
     header: dict[str, object] = {}
     position = 0
     for name, part in parts.items():
-        end = position + part.data.numel() * part.data.element_size()
+        end = position + part.bytes
         header[name] = {
-            "dtype": DTYPE_NAMES[part.data.dtype],
-            "shape": list(part.data.shape),
+            "dtype": DTYPE_NAMES[part.dtype],
+            "shape": list(part.shape),
             "data_offsets": [position, end],
         }
         position = end
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for part in parts.values():
-        flat = part.data.contiguous().cpu().reshape(-1)
-        if flat.numel():
-            yield memoryview(cast(bytes, flat.view(torch.uint8).numpy()))
+    return len(text).to_bytes(8, "little") + text
 
 
 def merge_indexes(indexes: Sequence[TensorIndex]) -> TensorIndex:

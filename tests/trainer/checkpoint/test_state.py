@@ -11,7 +11,9 @@ from interlace.kernels.update import AdamW, UpdateRule, clipped_sgd
 from interlace.offload.optimizer import OffloadedOptimizer
 from interlace.offload.schedule import MemoryBudget
 from interlace.trainer.checkpoint.commit import CheckpointStore
-from interlace.trainer.checkpoint.state import Progress, TrainingState, load_newest, save
+from interlace.trainer.checkpoint.ledger import Pool
+from interlace.trainer.checkpoint.saves import Target, save
+from interlace.trainer.checkpoint.state import Progress, TrainingState, load_newest
 from interlace.trainer.errors import CheckpointError
 from interlace.trainer.world import World
 
@@ -49,7 +51,8 @@ def saved_by(state: TrainingState, folder: Path) -> CheckpointStore:
         parameter.grad = torch.ones(3)
     state.optimizer.step()
     store = CheckpointStore(folder)
-    save(store, store.begin_attempt(), state, SCALARS, Progress(step=1))
+    target = Target(store, store.begin_attempt(), SCALARS, Pool(None))
+    save(target, state, Progress(step=1))
     return store
 
 
