@@ -9,6 +9,7 @@ pictures, samples and `checkpoints/`.
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,10 @@ def open_run_folder(config: RunConfig) -> RunFolder:
     path = Path(config.run.dir).expanduser() if config.run.dir else next_folder(config.run.name)
     path = path.absolute()
     saved = path / "config.toml"
-    if path.is_dir() and any(path.iterdir()) and not saved.is_file():
+    require_ours(path)
+    # A start that failed early has left the number of its attempt and nothing else.
+    begun = saved.is_file() or (path / "checkpoints" / "attempts").is_dir()
+    if path.is_dir() and any(path.iterdir()) and not begun:
         raise ConfigError(
             [
                 f"run.dir={config.run.dir}: the folder exists, is not empty and holds no run "
@@ -92,6 +96,33 @@ def open_run_folder(config: RunConfig) -> RunFolder:
     if config.run.branch_of and not resumes:
         notes, resumes = begin_branch(config, path), True
     return RunFolder(path, resumes, notes)
+
+
+def require_ours(path: Path) -> None:
+    """Do nothing if a run folder is this user's own, or is not there yet.
+
+    Raises:
+        ConfigError: Another user could change, or has made, what the run reads and continues from.
+    """
+    try:
+        facts = path.stat()
+    except OSError:
+        return
+    if hasattr(os, "getuid") and facts.st_uid != os.getuid():
+        raise ConfigError(
+            [
+                f"run.dir={path}: the folder belongs to user {facts.st_uid}, and this is user "
+                f"{os.getuid()}: what lies in it could be changed under the run; type another "
+                "run.dir"
+            ]
+        )
+    if facts.st_mode & stat.S_IWOTH:
+        raise ConfigError(
+            [
+                f"run.dir={path}: every user may write there and change what the run continues "
+                f"from; type  chmod 700 {path}  or another run.dir"
+            ]
+        )
 
 
 def begin_branch(config: RunConfig, path: Path) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from interlace.trainer.config.mup_checks import (
 )
 from interlace.trainer.config.problems import describe
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.config.secret_checks import recipe_holds_no_secret
 from interlace.trainer.config.sharpness_checks import (
     sharpness_has_its_derivative,
     sharpness_rules_are_known,
@@ -320,6 +321,7 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     step_holds_whole_rows,
     validation_holds_a_row,
     mixture_has_sources,
+    recipe_holds_no_secret,
     gaps_go_forward,
     branch_has_its_step,
     tokenizer_exists,
