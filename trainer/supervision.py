@@ -90,6 +90,8 @@ class Supervision:
     def record(self, folder: RunFolder, error: BaseException) -> None:
         """Write how this rank ends, and note on the error that it is written."""
         kind, status = judge(error)
+        if kind == "peer" and self.watch is not None:
+            self.watch.leave_if_stalled()
         pulse = self.heartbeat.pulse
         end = End(
             attempt=self.attempt,
@@ -111,7 +113,8 @@ class Supervision:
 def judge(error: BaseException) -> tuple[Kind, int]:
     """Return in one word why a rank ends, and the exit status that goes with it."""
     if isinstance(error, UserError):
-        return "mistake", status_of(error)
+        status = status_of(error)
+        return ("stopped" if status == Exit.PREEMPTED else "mistake"), status
     if isinstance(error, KeyboardInterrupt):
         return "stopped", Exit.INTERRUPTED
     return ("peer" if is_of_a_peer(error) else "error"), Exit.DEFECT

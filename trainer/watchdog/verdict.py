@@ -5,6 +5,7 @@ entered fewer phases than the rest, since all ranks enter the same ones in the s
 within one phase, those whose stack does not end in a call of torch.distributed.
 """
 
+import re
 from collections.abc import Sequence
 
 from interlace.trainer.watchdog.reports import Report
@@ -14,8 +15,10 @@ STATES = {
     "ended": "ended",
     "silent": "no answer: it has left, or its machine is gone",
 }
+INNERMOST = 3
 SHOWN_FRAMES = 12
 SHOWN_STACKS = 4
+_FRAME = re.compile(r'File "(?:.*/site-packages/|.*/(?=interlace/))?(.*)", line (\d+) in (.*)')
 _COLLECTIVES = "/torch/distributed/"
 
 
@@ -135,12 +138,19 @@ def stacks(reports: Sequence[Report]) -> list[str]:
     groups: dict[tuple[str, ...], list[int]] = {}
     for report in sorted(reports, key=lambda each: (each.rank not in guilty, each.rank)):
         if report.state not in ("ended", "silent"):
-            groups.setdefault(tuple(report.stack[:SHOWN_FRAMES]), []).append(report.rank)
+            groups.setdefault(tuple(readable(report.stack)), []).append(report.rank)
     lines: list[str] = []
     for stack, ranks in list(groups.items())[:SHOWN_STACKS]:
         if not stack:
             lines.append(f"{names(ranks)}: no Python stack; a stopped process cannot show one")
             continue
         lines.append(f"{names(ranks)}, innermost call first:")
-        lines += [f"    {frame.strip()}" for frame in stack]
+        lines += [f"    {frame}" for frame in stack]
     return lines
+
+
+def readable(stack: Sequence[str]) -> list[str]:
+    """Return the innermost frames and, of those further out, our own."""
+    frames = [_FRAME.sub(r"\1:\2 \3", frame) for frame in stack]
+    ours = [frame for frame in frames[INNERMOST:] if frame.startswith("interlace/")]
+    return (frames[:INNERMOST] + ours)[:SHOWN_FRAMES]

@@ -15,7 +15,16 @@ from pathlib import Path
 import interlace
 from interlace.trainer.exits import Exit
 from interlace.trainer.heartbeat import Heartbeat, shared_memory
-from interlace.trainer.watchdog.watcher import GOODBYE, LEAVE, LEAVES_WITHIN, Watched
+from interlace.trainer.watchdog.reports import alarm_raised
+from interlace.trainer.watchdog.watcher import (
+    GOODBYE,
+    LEAVE,
+    LEAVES_WITHIN,
+    REPORTS_WITHIN,
+    Watched,
+)
+
+TELLS_WITHIN = 3 * REPORTS_WITHIN
 
 
 class Watch:
@@ -86,6 +95,15 @@ class Watch:
                 "but if it stands still nobody will notice",
                 file=sys.stderr,
             )
+
+    def leave_if_stalled(self) -> None:
+        """Wait to be told to leave, if the watchers of all ranks are about to end the run.
+
+        A rank whose peer was ended first sees an error of communication; it ends for the reason
+        that the watchers have found.
+        """
+        if alarm_raised(self.watched.folder):
+            self.listener.join(TELLS_WITHIN)
 
     def close(self) -> None:
         """Say goodbye; the watcher ends."""
