@@ -215,14 +215,16 @@ def sweep(arguments: Namespace) -> int:
 def doctor(arguments: Namespace) -> int:
     """Tell what this machine has, and which attention a recipe takes on it."""
     recipe = load_recipe(arguments.recipe, arguments.overrides) if arguments.recipe else None
+    from interlace.launch.doctor_host import cores_here, warnings_here
     from interlace.launch.doctor_page import attention_of, doctor_page, machine
 
-    found = machine()
+    found, cores, warnings = machine(), cores_here(), warnings_here(Path())
     attention = None if recipe is None else attention_of(recipe.config)
     if arguments.json:
-        print(json.dumps({"machine": asdict(found), "attention": attention}, indent=2))
+        told = {"machine": asdict(found), "cores": asdict(cores), "warnings": warnings}
+        print(json.dumps(told | {"attention": attention}, indent=2))
         return 0
-    print(doctor_page(found, recipe, attention))
+    print(doctor_page(found, cores, warnings, recipe, attention))
     return 0
 
 

@@ -6,6 +6,7 @@ predicts.
 
 import os
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -17,6 +18,7 @@ from interlace.kernels.attention.measurements import rows_of, user_path
 from interlace.kernels.attention.request import Request, architecture
 from interlace.kernels.attention.router import FORCED_BY
 from interlace.kernels.triton_language import why_no_triton
+from interlace.launch.doctor_host import Cores, core_lines
 from interlace.offload.cores import usable_cores
 from interlace.trainer.attention_choice import choice_for
 from interlace.trainer.config import RunConfig
@@ -148,7 +150,13 @@ def described(request: Request) -> dict[str, str | int | bool | list[str]]:
     }
 
 
-def doctor_page(found: Machine, recipe: Recipe | None, attention: Attention | None) -> str:
+def doctor_page(
+    found: Machine,
+    cores: Cores,
+    warnings: Sequence[str],
+    recipe: Recipe | None,
+    attention: Attention | None,
+) -> str:
     """Return the page."""
     lines = ["This machine"]
     for number, device in enumerate(found.devices):
@@ -162,6 +170,10 @@ def doctor_page(found: Machine, recipe: Recipe | None, attention: Attention | No
         lines += entry("measured attention" if number == 0 else "", text)
     if os.environ.get(FORCED_BY):
         lines += entry(FORCED_BY, os.environ[FORCED_BY])
+    for label, text in core_lines(cores):
+        lines += entry(label, text)
+    for number, text in enumerate(warnings):
+        lines += entry("safety" if number == 0 else "", text)
     if recipe is not None:
         lines += ["", f"Attention of {recipe.name}"]
         lines += ["  it has none"] if attention is None else attention_lines(attention)
