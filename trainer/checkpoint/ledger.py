@@ -114,7 +114,6 @@ class Ledger:
     Args:
         sources: What is saved, in the order of the file.
         pool: Room for copies.
-        chunk_bytes: Size of a chunk, about.
 
     Attributes:
         claiming_seconds: How long updates were held up, copying or waiting.
@@ -122,11 +121,9 @@ class Ledger:
         torn: What somebody changed behind our back, if anything: the checkpoint is spoilt.
     """
 
-    def __init__(
-        self, sources: Iterable[Source], pool: Pool, chunk_bytes: int = CHUNK_BYTES
-    ) -> None:
+    def __init__(self, sources: Iterable[Source], pool: Pool) -> None:
         self.pool = pool
-        self.chunks = [chunk for source in sources for chunk in cut(source, chunk_bytes)]
+        self.chunks = [chunk for source in sources for chunk in cut(source)]
         self.claiming_seconds = 0.0
         self.copied_bytes = 0
         self.torn: Source | None = None
@@ -255,8 +252,8 @@ class Ledger:
                 subgroup.before_change = None
 
 
-def cut(source: Source, chunk_bytes: int) -> Iterator[Chunk]:
+def cut(source: Source) -> Iterator[Chunk]:
     """Yield the chunks of a source, in order."""
-    elements, step = source.memory.numel(), max(1, chunk_bytes // source.placed.dtype.itemsize)
+    elements, step = source.memory.numel(), max(1, CHUNK_BYTES // source.placed.dtype.itemsize)
     for start in range(0, elements, step):
         yield Chunk(source, start, min(start + step, elements))
