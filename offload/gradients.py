@@ -10,7 +10,8 @@ on the device, where the gradient is made.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,11 @@ LANDINGS = 4
 
 LANDING_BYTES = 64 * 2**20
 """Size of each; longer gradients come in pieces."""
+
+
+Tap = Callable[[torch.Tensor, torch.Tensor], bool]
+"""Is shown a parameter and its gradient, this rank's part (1-D, live); True drops the gradient, as
+if backward had not made it."""
 
 
 @dataclass
@@ -55,6 +61,16 @@ class Gradients:
         self.host = host
         self.completed = completed
         self.landings = deque(Landing(host.empty(0, torch.uint8)) for _ in range(LANDINGS))
+        self.tap: Tap | None = None
+
+    @contextmanager
+    def tapping(self, tap: Tap) -> Generator[None]:
+        """Show every gradient that comes inside the context to `tap`."""
+        self.tap = tap
+        try:
+            yield
+        finally:
+            self.tap = None
 
     def take(self, subgroup: SubgroupState, member: Member) -> None:
         """Take over the gradient of one parameter, as left by backward in `Tensor.grad`."""
@@ -66,6 +82,9 @@ class Gradients:
                 "dense gradients can be offloaded (nn.Embedding with sparse=False)"
             )
         gradient = local(gradient).reshape(-1)
+        if self.tap is not None and self.tap(member.parameter, gradient):
+            member.parameter.grad = None
+            return
         if gradient.is_cuda:
             # It may come from another stream, FSDP2's reductions for one.
             gradient.record_stream(torch.cuda.current_stream(gradient.device))

@@ -14,6 +14,7 @@ is updated once its own gradient is complete, with half of Adam's state or none 
 import math
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
@@ -25,7 +26,7 @@ from interlace.offload.clipping import Clipping
 from interlace.offload.cores import CpuPool
 from interlace.offload.executor import Executor, Work
 from interlace.offload.forward import wait_around_state_dicts, wait_in_forward
-from interlace.offload.gradients import Gradients, all_finite, global_norm
+from interlace.offload.gradients import Gradients, Tap, all_finite, global_norm
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.homes import Homes
 from interlace.offload.lanes import Lanes
@@ -288,6 +289,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._take_remaining()
         yield from self._roster.gradients()
 
+    def tapping(self, tap: Tap) -> AbstractContextManager[None]:
+        """Show every gradient that comes inside the context to `tap`, which may drop it."""
+        return self._gradients.tapping(tap)
+
     @property
     def update_begun(self) -> bool:
         """Whether gradients of this step have led to updates already (`overlap="backward"`)."""
@@ -357,12 +362,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _describe_non_finite(self) -> str:
         """Say which gradients are not finite and what was updated."""
-        bad = [
-            self._roster.name_of(parameter, self.param_groups)
-            for parameter, gradient in self.gradients()
-            if not torch.isfinite(gradient).all()
-        ]
-        launched = len(self._step.launched)
+        bad, launched = self._roster.not_finite(self.param_groups), len(self._step.launched)
         message = not_finite(bad, launched, len(self.subgroups))
         if launched:
             self._health.failure = message

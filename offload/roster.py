@@ -115,6 +115,14 @@ class Roster:
                     piece = subgroup.gradient[member.start : member.stop]
                     yield member.parameter, piece.view(local(member.parameter).shape)
 
+    def not_finite(self, groups: Sequence[dict[str, Any]]) -> list[str]:
+        """Return the names of those parameters whose gradient came and is not finite."""
+        return [
+            self.name_of(parameter, groups)
+            for parameter, gradient in self.gradients()
+            if not torch.isfinite(gradient).all()
+        ]
+
     def wait_on_stream(self) -> None:
         """Let everything that follows on the current stream see the update."""
         for subgroup in self.subgroups:

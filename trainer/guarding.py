@@ -6,6 +6,7 @@ from interlace.trainer.checkpoint.state import Progress
 from interlace.trainer.data.gaps import batch_of
 from interlace.trainer.errors import NumericsError
 from interlace.trainer.evidence import save_evidence
+from interlace.trainer.guards.integrity import Integrity
 from interlace.trainer.guards.spikes import STOP_WITHIN, SpikeMemory, spike_in
 from interlace.trainer.observe.console import Console
 from interlace.trainer.parts import Parts
@@ -22,6 +23,7 @@ class Guarding:
     def __init__(self, parts: Parts, console: Console) -> None:
         self.parts = parts
         self.console = console
+        self.integrity = Integrity(parts, self.way_back)
 
     def judged(self, step: int, progress: Progress, loss: float, norm: float) -> Progress:
         """Return the counters after this step; whether its update is left out shows in them.
@@ -70,7 +72,7 @@ class Guarding:
             f"leave these batches out: {back}"
         )
 
-    def way_back(self, first: int, words: str) -> str:
+    def way_back(self, first: int, words: str = "") -> str:
         """Return how to branch from the newest checkpoint from before a step, from 1."""
         folder = self.parts.folder
         before = [step for step in folder.store.committed_steps() if step < first]
@@ -78,7 +80,7 @@ class Guarding:
             return f"there is no checkpoint from before step {first}, so start a new run"
         return (
             f"the newest checkpoint from before is of step {before[-1]}:  interlace train --resume "
-            f"{folder.path} --from-step {before[-1]} run.dir=NEW {words}"
+            f"{folder.path} --from-step {before[-1]} run.dir=NEW {words}".rstrip()
         )
 
     def gap_over(self, steps: Sequence[int]) -> str:

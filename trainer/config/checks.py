@@ -18,7 +18,7 @@ from interlace.trainer.config.clip_checks import (
     quantile_is_of_what_is_clipped,
 )
 from interlace.trainer.config.data_checks import branch_has_its_step, gaps_go_forward
-from interlace.trainer.config.guard_checks import spikes_are_known_in_time
+from interlace.trainer.config.guard_checks import host_state_exists, spikes_are_known_in_time
 from interlace.trainer.config.model_checks import (
     experts_are_as_many_as_chosen,
     experts_are_weighed,
@@ -329,6 +329,7 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     overlap_is_exact,
     quantile_is_known_in_time,
     spikes_are_known_in_time,
+    host_state_exists,
     quantile_is_of_what_is_clipped,
     clipped_sgd_clips,
     nesterov_has_momentum,

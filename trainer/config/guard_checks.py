@@ -15,3 +15,14 @@ def spikes_are_known_in_time(config: RunConfig) -> str | None:
         "offload.overlap=backward starts updates before; type offload.overlap=forward or "
         "guard.spike_sigmas=0"
     )
+
+
+def host_state_exists(config: RunConfig) -> str | None:
+    """State that is on the device is not checked."""
+    every = config.guard.check_state_every_steps
+    if not every or config.offload.strategy != "none":
+        return None
+    return (
+        f"guard.check_state_every_steps={every}: offload.strategy=none keeps no state on the host; "
+        "type guard.check_state_every_steps=0 or another offload.strategy"
+    )

@@ -53,6 +53,8 @@ WRONG_OVERRIDES = {
     "guard.spike_sigmas=6 offload.overlap=backward optimizer.clip=0": "guard.spike_sigmas=6.0: "
     "whether a step is a spike is known after backward only, and offload.overlap=backward starts "
     "updates before; type offload.overlap=forward or guard.spike_sigmas=0",
+    "guard.check_state_every_steps=5": "guard.check_state_every_steps=5: offload.strategy=none keeps "
+    "no state on the host; type guard.check_state_every_steps=0 or another offload.strategy",
     "model.width=250 model.heads=4": "model.width=250: does not split into model.heads=4 heads; "
     "type model.width=248 or model.width=252, or give model.head_width",
     "model.heads=3 model.kv_heads=1": "model.width=256: does not split into model.heads=3 heads; "
