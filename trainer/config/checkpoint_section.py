@@ -1,8 +1,6 @@
 """The `[checkpoint]` section of a recipe: when state is saved, how, and which checkpoints stay."""
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from interlace.trainer.config.section import (
     NonNegativeFloat,
@@ -53,7 +51,7 @@ class CheckpointSection(Section):
     not begun, and the run stops at its newest checkpoint.
     """
 
-    keep_last: Annotated[int, Field(ge=1)] = 2
+    keep_last: PositiveInt = 2
     """Newest checkpoints that stay."""
 
     keep_every_steps: NonNegativeInt = 0

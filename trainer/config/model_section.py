@@ -86,7 +86,7 @@ class ModelSection(Section):
     mamba_groups: PositiveInt = 1
     """Groups of heads of Mamba-2 that share B and C, and are normed together."""
 
-    mamba_conv_width: Annotated[int, Field(ge=2)] = 4
+    mamba_conv_width: Annotated[PositiveInt, Field(ge=2)] = 4
     """Taps of the causal convolution before the scan of Mamba-2."""
 
     moe_experts: PositiveInt = 8

@@ -107,8 +107,10 @@ def describe(error: ValidationError) -> list[tuple[str, str]]:
 
 def dotted(details: ErrorDetails) -> str:
     """Return `section.key` of an error, with the index of a list entry, without union markers."""
-    parts = [part for part in details["loc"] if isinstance(part, int) or is_setting_name(part)]
-    return ".".join(str(part) for part in parts)
+    # Section and setting as they are typed, whatever that is; labels are only below them.
+    named, below = details["loc"][:2], details["loc"][2:]
+    parts = [part for part in below if isinstance(part, int) or is_setting_name(part)]
+    return ".".join(str(part) for part in (*named, *parts))
 
 
 def is_setting_name(part: str) -> bool:

@@ -86,12 +86,12 @@ class DataSection(Section):
     end_of_text: str | None = None
     """Token of a `tokenizer.json` that opens every document; unset means the first usual name."""
 
-    vocabulary_size: Annotated[int, Field(ge=258)] = 4096
+    vocabulary_size: Annotated[PositiveInt, Field(ge=258)] = 4096
     """Entries of a BPE vocabulary trained here, the end-of-text token included; others bring
     their own.
     """
 
-    sequence_length: Annotated[int, Field(ge=2)] = 256
+    sequence_length: Annotated[PositiveInt, Field(ge=2)] = 256
     """Tokens per row that the model sees and predicts."""
 
     respect_documents: bool = True
