@@ -24,11 +24,11 @@ def config_of(words: Sequence[str], run: Path, *more: str) -> RunConfig:
     return load_recipe(recipe, [*overrides, f"run.dir={run}", *more]).config
 
 
-def train_here(words: Sequence[str], run: Path, *more: str) -> Path:
-    """Train in this process, in silence; return the run folder."""
-    with contextlib.redirect_stdout(io.StringIO()):
+def train_here(words: Sequence[str], run: Path, *more: str) -> str:
+    """Train in this process; return what was printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
         train(config_of(words, run, *more), World())
-    return run
+    return said.getvalue()
 
 
 def state_of(words: Sequence[str], run: Path, *more: str) -> TrainingState:

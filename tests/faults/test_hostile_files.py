@@ -31,7 +31,9 @@ MIB = 2**20
 @pytest.fixture(scope="module")
 def saved(tiny: Sequence[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a run with a checkpoint of step 5."""
-    return train_here(tiny, tmp_path_factory.mktemp("saved") / "run", "train.steps=5")
+    run = tmp_path_factory.mktemp("saved") / "run"
+    train_here(tiny, run, "train.steps=5")
+    return run
 
 
 @pytest.fixture(scope="module")

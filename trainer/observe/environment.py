@@ -10,8 +10,9 @@ import torch
 
 import interlace
 from interlace.offload.hardware import host_memory_bytes
+from interlace.trainer.source_digest import source_digest
 
-LIBRARIES = ("torch", "triton", "numpy", "safetensors", "datasets", "tokenizers")
+LIBRARIES = ("torch", "triton", "numba", "numpy", "safetensors", "datasets", "tokenizers")
 
 
 def describe_environment(world_size: int) -> dict[str, object]:
@@ -20,6 +21,7 @@ def describe_environment(world_size: int) -> dict[str, object]:
     return {
         "interlace": interlace.__version__,
         "revision": source_revision(),
+        "sources": source_digest()[:12],
         "python": platform.python_version(),
         "libraries": {name: version_of(name) for name in LIBRARIES},
         "cuda": torch.version.cuda,
