@@ -29,8 +29,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from interlace.trainer.checkpoint import verify
+from interlace.trainer.checkpoint.acknowledgements import acknowledge
 from interlace.trainer.checkpoint.failpoints import failpoint
 from interlace.trainer.checkpoint.files import (
+    PRIVATE_FILE,
+    PRIVATE_FOLDER,
     require_exactly,
     require_space,
     saving,
@@ -114,9 +117,9 @@ class CheckpointStore:
             SaveError: The folder cannot be written.
         """
         with saving(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
             for name in ("attempts", "inflight", "committed", "trash"):
-                (self.folder / name).mkdir(exist_ok=True)
+                (self.folder / name).mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
             sync_folder(self.folder.parent)
             sync_folder(self.folder)
             attempt = self._take_number()
@@ -172,7 +175,7 @@ class CheckpointStore:
             require_space(self.folder, step, needed_bytes)
             # Left by an earlier save of this attempt that failed and could not be cleaned away.
             _log_problems(remove_all([folder]))
-            folder.mkdir()
+            folder.mkdir(mode=PRIVATE_FOLDER)
             sync_folder(folder.parent)
         return folder
 
@@ -214,6 +217,7 @@ class CheckpointStore:
                 failpoint("publish.post_rename")
                 sync_folder(target.parent)
                 sync_folder(source.parent)
+            acknowledge(step, attempt)
         except SaveError:
             # A newer start takes our folder away: that is not an error of the disk.
             self.require_live(attempt)
@@ -251,7 +255,7 @@ class CheckpointStore:
         target = self.folder / "broken" / f"{verify.step_name(step)}.{attempt}"
         self.require_live(attempt)
         with saving(target.parent):
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)
             self.committed_path(step).rename(target)
             for folder in (self.folder / "committed", target.parent, self.folder):
                 sync_folder(folder)
@@ -306,7 +310,7 @@ class CheckpointStore:
         while True:
             attempt = self.live_attempt() + 1
             try:
-                (self.folder / "attempts" / str(attempt)).touch(exist_ok=False)
+                (self.folder / "attempts" / str(attempt)).touch(PRIVATE_FILE, exist_ok=False)
             except FileExistsError:
                 # Another start took this number between the two lines.
                 continue

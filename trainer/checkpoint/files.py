@@ -19,6 +19,9 @@ from interlace.trainer.checkpoint.failpoints import failpoint
 from interlace.trainer.checkpoint.manifest import FileRecord
 from interlace.trainer.errors import SaveError
 
+PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
+"""Modes of whatever is made here, whatever the umask allows."""
+
 _UNTOUCHED = "The checkpoints committed before are untouched."
 _FREE_SPACE = "Free space there, lower checkpoint.keep_last, or use another disk with  run.dir=PATH"
 _PERMISSION = "Give yourself write permission on the folder, or use another with  run.dir=PATH"
@@ -74,10 +77,11 @@ def saving(folder: Path) -> Generator[None, None, None]:
 def write_durably(path: Path, chunks: Iterable[bytes | memoryview], stage: str) -> FileRecord:
     """Do the work of `write_file` for the failpoints `stage`.*, leaving `OSError` as it is."""
     partial = path.with_name(f".{path.name}.partial")
-    # "x": another writer of the same name is a defect; its half-written file must not be touched.
-    file = partial.open("xb")
+    # New: another writer of the same name is a defect; its half-written file must not be touched.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    descriptor = os.open(partial, flags, PRIVATE_FILE)
     try:
-        with file:
+        with os.fdopen(descriptor, "wb") as file:
             failpoint(f"{stage}.open")
             record = _copy(path.name, chunks, file, f"{stage}.half")
             file.flush()

@@ -488,3 +488,31 @@ def test_a_step_that_a_newer_start_has_committed_is_a_matter_of_the_newer_start(
     monkeypatch.setattr(CheckpointStore, "require_live", overtaken_after_the_first_look)
     with pytest.raises(Superseded, match="is not the live one"):
         store.reserve(5, old, 1)
+
+
+def test_nobody_else_may_read_a_checkpoint_whatever_the_umask(store: CheckpointStore) -> None:
+    store.folder.parent.mkdir()
+    before = os.umask(0)
+    try:
+        save(store, 1, store.begin_attempt())
+        store.set_aside(1, 1)
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in (store.folder, *store.folder.rglob("*"))}
+    assert len(modes) > 8
+    for path, mode in modes.items():
+        assert mode == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_every_commit_is_acknowledged_in_a_log_outside_the_run(
+    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "acks"
+    monkeypatch.setenv("INTERLACE_ACK_LOG", str(log))
+    for _ in range(2):
+        attempt = store.begin_attempt()
+        save(store, 5 * attempt, attempt)
+    with pytest.raises(Superseded):
+        save(store, 99, 1)
+    expected = "step 5 attempt 1 committed\nstep 10 attempt 2 committed\n"
+    assert log.read_text(encoding="ascii") == expected
