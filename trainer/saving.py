@@ -103,6 +103,7 @@ class Saving:
     def begin(self, progress: Progress) -> None:
         """Begin to save the state after a step."""
         self.pace.begun()
+        self.parts.heartbeat.enter("snapshot")
         try:
             self.under_way = Save.begin(self.target, self.parts.state, progress)
         except SaveError as error:
@@ -120,6 +121,7 @@ class Saving:
         if self.under_way is None:
             return
         done, self.under_way = self.under_way, None
+        self.parts.heartbeat.enter("publish")
         try:
             done.publish()
         except SaveError as error:
@@ -191,6 +193,7 @@ class Saving:
             stops, waiting = self.parts.world.sum(asked).tolist()
             if stops or not waiting:
                 return not stops
+            self.parts.heartbeat.beat()
             time.sleep(min(LOOK_SECONDS, seconds))
 
     # ---- the end ------------------------------------------------------------------------------
@@ -203,6 +206,7 @@ class Saving:
             StorageError: The last state could not be saved; the newest checkpoint is older.
         """
         world, store = self.parts.world, self.parts.folder.store
+        self.parts.heartbeat.enter("conclude")
         if self.under_way is not None:
             began = time.perf_counter() - self.under_way.began
             self.require_time(progress, began)
