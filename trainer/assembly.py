@@ -22,7 +22,6 @@ from interlace.trainer.batches import StepBatches
 from interlace.trainer.checkpoint.state import Progress, TrainingState, load_newest
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.contract import ENVIRONMENT_NAME, contract_note, read_environment
-from interlace.trainer.contract import ENVIRONMENT_NAME, contract_note, read_environment
 from interlace.trainer.data.prepare import TOKENIZER_NAME, prepare
 from interlace.trainer.data.rows import TrainingRows, ValidationRows
 from interlace.trainer.data.shards import PreparedCorpus
@@ -52,7 +51,6 @@ from interlace.trainer.parallel import (
 )
 from interlace.trainer.parts import Parts
 from interlace.trainer.plan import Plan, Setting, resolve
-from interlace.trainer.rendezvous import agree
 from interlace.trainer.rendezvous import agree
 from interlace.trainer.run import Run
 from interlace.trainer.run_folder import (
@@ -129,7 +127,6 @@ def assemble(
     began: Callable[[RunFolder, int], Heartbeat] | None = None,
 ) -> tuple[Parts, Progress, list[str]]:
     """Build everything a run needs; return it with the restored progress and notes for a person."""
-    agree(config, world)
     agree(config, world)
     folder = world.on_main(lambda: open_run_folder(config))
     corpus = world.on_main(lambda: checked_corpus(config))
