@@ -166,9 +166,11 @@ def answer(reference: Any, seconds: float | None = None) -> Any:
 
 
 def open_bridge() -> Any:
-    """Start the actor; return its handle."""
+    """Start the actor on this machine, which ends with the run anyway; return its handle."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Called as functions, the wrappers of Ray have no types.
     actor: Any = ray.remote(Bridge)
-    return actor.options(num_cpus=0, max_concurrency=1000).remote()
+    return actor.options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()

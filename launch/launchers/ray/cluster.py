@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import interlace
 from interlace.launch.launchers.ray.request import CPU_WORKERS, Request, Workers
@@ -60,6 +60,7 @@ class Cluster:
         workers: How many ranks a run may have.
         cpus_per_worker: Cores that each reserves.
         gpus: GPUs of the cluster.
+        output: The standard output, where nothing that Ray prints by itself appears.
     """
 
     own: bool
@@ -67,6 +68,7 @@ class Cluster:
     workers: Workers
     cpus_per_worker: int
     gpus: int
+    output: TextIO
 
 
 def check_ray() -> None:
@@ -91,13 +93,21 @@ def connected(request: Request) -> Generator[Cluster]:
     try:
         opened = start_own(request, folder) if request.address == "local" else join(request, folder)
         try:
-            yield opened
+            # A paragraph for every rank that dies.
+            with (folder / "ray.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
+                yield opened
+                close()
         finally:
-            import ray
-
-            ray.shutdown()
+            close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def close() -> None:
+    """Leave Ray, or end it if it is our own; may be called twice."""
+    import ray
+
+    ray.shutdown()
 
 
 def start_own(request: Request, folder: Path) -> Cluster:
@@ -126,7 +136,7 @@ def start_own(request: Request, folder: Path) -> Cluster:
         runtime_env={"env_vars": local_environment(cpus)},
         _temp_dir=str(folder / "ray"),
     )
-    return Cluster(True, folder, workers, cpus, gpus)
+    return Cluster(True, folder, workers, cpus, gpus, sys.stdout)
 
 
 def join(request: Request, folder: Path) -> Cluster:
@@ -156,7 +166,7 @@ def join(request: Request, folder: Path) -> Cluster:
         require_token(request.address, ray.get_runtime_context().gcs_address)
     gpus = int(ray.cluster_resources().get("GPU", 0))
     workers = request.workers or Workers(gpus or CPU_WORKERS, gpus or CPU_WORKERS)
-    return Cluster(False, folder, workers, request.cpus_per_worker or 1, gpus)
+    return Cluster(False, folder, workers, request.cpus_per_worker or 1, gpus, sys.stdout)
 
 
 def require_token(address: str, control: str) -> None:

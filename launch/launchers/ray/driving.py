@@ -53,7 +53,7 @@ class Fit:
 def drive(request: Request, run_dir: Path, cluster: Cluster) -> int:
     """Run the ranks until the run has ended; return the exit status."""
     bridge = open_bridge()
-    terminal = Terminal(bridge, run_dir)
+    terminal = Terminal(bridge, run_dir, cluster.output)
     with terminal.hearing_signals():
         while True:
             fit = Fit(trainer_of(request, run_dir, cluster, bridge))

@@ -122,6 +122,20 @@ class Listener:
         answer(self.bridge.resume.remote(begun))
 
 
+def leave_with_parent() -> None:
+    """End this process when the one that has started it ends, Ray's agent of this machine: then
+    the machine counts as lost. Ray looks for it too, but only for process 1 as the new parent.
+    """
+    parent = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(BEAT_SECONDS)
+        leave("Ray has ended on this machine")
+
+    threading.Thread(target=look, daemon=True, name="parent").start()
+
+
 def last_step(run_dir: Path) -> int:
     """Return the last step on record; 0 if there is none."""
     records = read_metrics(run_dir / METRICS_NAME)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from interlace.launch.launchers.ray.bridge import Begun, Ending, News, Wish, answer
 from interlace.launch.launchers.supervising import failure_of, say
@@ -27,6 +27,7 @@ class Terminal:
     Attributes:
         bridge: Handle of the bridge.
         run_dir: The run folder.
+        output: Where lines are printed.
         attempt_before: The newest attempt in it when this launch began.
         endings: How ranks of the newest generation ended, so far.
         fatal: The first end that a new start cannot cure.
@@ -36,6 +37,7 @@ class Terminal:
 
     bridge: Any
     run_dir: Path
+    output: TextIO
     attempt_before: int = -1
     endings: list[Ending] = field(default_factory=list[Ending])
     fatal: Ending | None = None
@@ -65,12 +67,16 @@ class Terminal:
                 raise KeyboardInterrupt
             if not self.begun and time.monotonic() > told + WAITING_SECONDS:
                 told = time.monotonic()
-                print(waiting_line(), flush=True)
+                self.print(waiting_line())
         self.take(self.listen(LISTEN_SECONDS))
 
     def listen(self, seconds: float) -> News:
         """Return what came over the bridge."""
         return answer(self.bridge.listen.remote(seconds))
+
+    def print(self, line: str) -> None:
+        """Print a line, at once."""
+        print(line, file=self.output, flush=True)
 
     def take(self, news: News) -> None:
         """Print lines and note ends."""
@@ -79,9 +85,9 @@ class Terminal:
             self.endings.clear()
             if begun.seconds is not None:
                 for line in recovery_lines(begun, self.run_dir):
-                    print(line, flush=True)
+                    self.print(line)
         for line in news.lines:
-            print(line, flush=True)
+            self.print(line)
         for ending in news.endings:
             self.endings.append(ending)
             cured = ending.status in RESTARTABLE or ending.status == Exit.DONE

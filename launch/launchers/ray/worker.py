@@ -18,7 +18,7 @@ from typing import Any
 
 from interlace.launch.launchers.ray.bridge import Ending, answer
 from interlace.launch.launchers.ray.console import forwarding
-from interlace.launch.launchers.ray.listening import Listener
+from interlace.launch.launchers.ray.listening import Listener, leave_with_parent
 from interlace.trainer.config.checks import validate
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.ends import LAUNCHER_VARIABLE
@@ -60,6 +60,7 @@ def run_rank(errand: Errand) -> str:
     Raises:
         Exception: Whatever a new start may cure.
     """
+    leave_with_parent()
     if Path(errand.folder).is_dir():
         os.chdir(errand.folder)
     world, bridge = world_of_ray(), errand.bridge
