@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from interlace.launch.cli import guarded
+from interlace.trainer.checkpoint import CheckpointStore
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.ends import (
     LAUNCHER_VARIABLE,
@@ -96,7 +97,7 @@ def test_what_a_launcher_prints_has_the_traceback_before_the_reason() -> None:
             phase="forward",
             traceback="Traceback: ...\n",
             host="a",
-        )  # fmt: skip
+        )
     )
     assert shown.splitlines() == [
         "Traceback: ...",
@@ -258,24 +259,22 @@ def test_launchers_say_whether_a_start_is_another(
 
 
 def test_a_run_started_again_and_again_in_vain_stops_with_its_own_status(
-    interlace: Interlace, tiny: Sequence[str], tmp_path: Path
+    interlace: Interlace, tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     words = ("train", *tiny, "checkpoint.asynchronous=false", f"run.dir={run}")
-    codes: list[int] = []
-    for attempt in range(4):
-        failing = {"INTERLACE_FAILPOINT": "load.mid:kill" if attempt else "step.update@6:kill"}
-        again = {"TORCHELASTIC_RESTART_COUNT": str(attempt)}
-        done = interlace(*words, environment={**failing, **again})
-        codes.append(done.returncode)
-    assert codes == [-9, -9, -9, -9]
+    killed = interlace(*words, environment={"INTERLACE_FAILPOINT": "step.update@6:kill"})
+    assert killed.returncode == -9, killed.stderr
+    store = CheckpointStore(run / "checkpoints")
+    for _ in range(3):
+        start(run, store.begin_attempt(), store.committed_steps()[-1], True, monkeypatch)
     done = interlace(*words, environment={"TORCHELASTIC_RESTART_COUNT": "4"})
     assert done.returncode == Exit.NO_PROGRESS, done.stderr
     assert "3 starts in a row began at step 5" in done.stderr
     first = first_failure(run)
     assert first is not None
     assert (first.attempt, first.status) == (5, Exit.NO_PROGRESS)
-    assert interlace(*words).returncode == 0
+    assert store.committed_steps() == [5]
 
 
 def test_supervision_without_a_watchdog_still_records(tmp_path: Path) -> None:
