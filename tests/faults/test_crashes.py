@@ -35,6 +35,8 @@ VISITS = {
     "publish.post_rename": 3,
     "publish.pre_rename": 2,
     "retain.mid": 2,
+    "snap.begin": 2,
+    "snap.chunk": 7,
     "step.backward": 13,
     "step.forward": 6,
     "step.loss": 12,

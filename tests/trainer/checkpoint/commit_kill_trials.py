@@ -40,7 +40,7 @@ from interlace.trainer.errors import SaveError
 KEEP_LAST, KEEP_EVERY = 2, 200
 WRITER_POINTS = ["persist.open", "persist.half", "persist.pre_fsync", "persist.post_rename"]
 COMMITTER_POINTS = sorted(
-    name for name in failpoints.FAILPOINTS if not name.startswith(("step.", "persist."))
+    name for name in failpoints.FAILPOINTS if not name.startswith(("snap.", "step.", "persist."))
 )
 
 
