@@ -122,11 +122,12 @@ class Run:
         flags |= self.guarding.integrity.flags()
         heard = sums.exchange(self.parts.world, flags, self.heartbeat.own.take())
         self.guarding.integrity.hear(step, heard.flags, self.backward_of)
-        for sentence in self.stragglers.observe(heard.seconds):
-            self.console.note(f"step {step + 1}: {sentence}")
         self.saving.hear(heard.flags)
         self.stop_requested = heard.flags["stop"] > 0
         self.notes.details, self.notes.expert_loads = heard.details, heard.loads
+        for rank, sentence in self.stragglers.observe(heard.seconds).items():
+            self.console.note(f"step {step + 1}: {sentence}")
+            self.notes.details.setdefault("straggler", float(rank))
         return heard.loss
 
     def backward_of(self, batch: Batch) -> Loss:

@@ -27,18 +27,19 @@ class Stragglers:
         self.recent: deque[Sequence[float]] = deque(maxlen=WINDOW)
         self.named: set[int] = set()
 
-    def observe(self, seconds: Sequence[float]) -> list[str]:
+    def observe(self, seconds: Sequence[float]) -> dict[int, str]:
         """Take note of one step.
 
         Args:
             seconds: Own work of every rank, in rank order.
 
         Returns:
-            A sentence for every rank that turns out to be slow and was not named before.
+            A sentence for every rank that turns out to be slow and was not named before, the
+            slowest first.
         """
         self.recent.append(seconds)
         if not self.factor or len(self.recent) < WINDOW:
-            return []
+            return {}
         usual = [middle(of_rank) for of_rank in zip(*self.recent, strict=True)]
         median = middle(usual)
         slow = [
@@ -46,13 +47,13 @@ class Stragglers:
             for rank, own in enumerate(usual)
             if own > self.factor * median and own - median > LEAST_SECONDS
         ]
-        news = [rank for rank in slow if rank not in self.named]
+        news = {rank: usual[rank] for rank in slow if rank not in self.named}
         self.named.update(news)
-        return [
-            f"rank {rank} is slow: its own work takes {usual[rank]:.3g} s a step, that of the "
+        return {
+            rank: f"rank {rank} is slow: its own work takes {own:.3g} s a step, that of the "
             f"median rank {median:.3g} s (over {WINDOW} steps); the others wait for it"
-            for rank in news
-        ]
+            for rank, own in sorted(news.items(), key=lambda item: -item[1])
+        }
 
 
 def middle(values: Sequence[float]) -> float:

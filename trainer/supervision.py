@@ -23,12 +23,9 @@ from interlace.trainer.exits import Exit, status_of
 from interlace.trainer.heartbeat import Heartbeat
 from interlace.trainer.run_folder import RunFolder
 from interlace.trainer.starts import record_start, require_progress
-from interlace.trainer.watchdog.patience import TIMES_WHILE_PATIENT
+from interlace.trainer.watchdog.patience import LEAST_SECONDS, TIMES_WHILE_PATIENT
 from interlace.trainer.watchdog.watch import Watch
 from interlace.trainer.world import World, limit_waiting
-
-LONGEST_WAIT = timedelta(minutes=10)
-"""For another rank in one collective. The watchdog is there long before, in usual phases."""
 
 
 class Supervision:
@@ -60,8 +57,9 @@ class Supervision:
             world = self.world
             self.watch = Watch(folder.path, attempt, world.rank, world.size, limit)
             self.heartbeat = self.watch.heartbeat
-            slow = timedelta(seconds=(limit or 0) * TIMES_WHILE_PATIENT * 2)
-            limit_waiting(world, max(LONGEST_WAIT, slow))
+            # Nobody needs to wait in a collective for longer than the watchdog would allow.
+            longest = TIMES_WHILE_PATIENT * max(limit or 0.0, LEAST_SECONDS)
+            limit_waiting(world, timedelta(seconds=longest))
         return self.heartbeat
 
     def admit(self) -> None:
