@@ -97,5 +97,5 @@ def test_every_command_is_in_the_readme() -> None:
 
     help_text = build_parser().format_help()
     commands = re.findall(r"^    (\w+)(?:  +\w|$)", help_text, flags=re.MULTILINE)
-    assert len(commands) == 17
+    assert len(commands) == 18
     assert all(f"`interlace {command}" in README for command in commands)

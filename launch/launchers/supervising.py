@@ -151,19 +151,28 @@ def supervise(start: Callable[[int], Process], folder: Path, max_restarts: int) 
                 # It came while the process was being made.
                 stop.process.send_signal(stop.received[-1])
             status = ended(stop.process.wait())
-            if status == 0 or stop.received:
-                return Exit.INTERRUPTED if status > 128 else status
+            if status == 0:
+                return status
             failure = failure_of(folder, before, status)
+            if stop.received:
+                # It was asked to leave, so an end by a signal is none to tell of.
+                return Exit.INTERRUPTED if failure.status > 128 else told(failure)
             pause = budget.pause(newest_step(store)) if failure.restartable else None
-            if pause is not None:
-                again = f"start {budget.failures} of {budget.limit} from step {budget.step}"
-                say(f"{failure.line}; {again} in {pause:.0f} s")
-                stop.sleep(pause)
-            if pause is None or stop.received:
-                if failure.page:
-                    say(f"the first failure was\n{failure.page}")
-                return failure.status
+            if pause is None:
+                return told(failure)
+            again = f"start {budget.failures} of {budget.limit} from step {budget.step}"
+            say(f"{failure.line}; {again} in {pause:.0f} s")
+            stop.sleep(pause)
+            if stop.received:
+                return told(failure)
             attempt += 1
+
+
+def told(failure: Failure) -> int:
+    """Tell a failure that is the last one; return its status."""
+    if failure.page:
+        say(f"the first failure was\n{failure.page}")
+    return failure.status
 
 
 def ended(code: int) -> int:

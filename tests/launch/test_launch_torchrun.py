@@ -111,7 +111,9 @@ def test_after_a_rank_was_killed_all_start_again_and_the_losses_are_the_same(
         os.kill(ranks_of_run(words)[1], signal.SIGKILL)
         said, _ = process.communicate(timeout=200)
         assert process.returncode == 0, said
+    assert "rank 1: ended without a word" in said
     assert "start 1 of 3 from step" in said
+    assert "Traceback" not in said
     assert said.count("Traceback") == 0, said
     assert losses_of(run) == losses_of(straight)
 
