@@ -253,7 +253,8 @@ def begin(world, *words):
     try:
         train(config, world)
     except ConfigError as error:
-        print(f"RANK {world.rank} {error}", flush=True)
+        # One write, so that lines of two ranks do not run into each other.
+        sys.stdout.write(f"RANK {world.rank} {error}\\n")
     world.barrier()
 
 with process_group() as world:
@@ -274,6 +275,7 @@ def test_h5_ranks_with_another_recipe_or_another_program_are_refused(tmp_path: P
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RANK")]
     for rank in (0, 1):
+        assert len(lines) == 4, done.stdout + done.stderr
         first, second = (line for line in lines if line.startswith(f"RANK {rank} "))
         assert first == f"RANK {rank} {recipe}"
         assert second.startswith(f"RANK {rank} the sources of interlace are not the same on all ")
