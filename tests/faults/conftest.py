@@ -34,6 +34,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-table", action="store_true", help="write what was measured to docs/reliability.md"
     )
+    parser.addoption("--soak-minutes", type=float, default=3.0, help="how long random faults last")
+
+
+@pytest.fixture
+def soak_minutes(request: pytest.FixtureRequest) -> float:
+    """How long random faults last."""
+    return float(request.config.getoption("--soak-minutes"))
 
 
 @pytest.fixture
@@ -109,11 +116,7 @@ def straight_run(drill: MakeDrill) -> Callable[[int, tuple[str, ...]], Path]:
 
 
 @pytest.fixture(scope="session")
-def judge(
-    straight_run: Callable[[int, tuple[str, ...]], Path],
-    short: Sequence[str],
-    losses_of: Callable[[Path], list[str]],
-) -> Judge:
+def judge(straight_run: Callable[[int, tuple[str, ...]], Path], short: Sequence[str]) -> Judge:
     """Hold a drill that ended well to all invariants, and to the undisturbed run on so many
     ranks.
     """
@@ -121,7 +124,7 @@ def judge(
     def hold(drill: Drill, ranks: int) -> None:
         straight = straight_run(ranks, tuple(drill.words[len(short) :]))
         assert_invariants(drill)
-        assert_same_run(drill, straight, losses_of(drill.run), losses_of(straight))
+        assert_same_run(drill, straight)
 
     return hold
 

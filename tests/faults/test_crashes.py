@@ -148,6 +148,28 @@ def test_a3_500_kills_of_the_commit_layer_alone_lose_nothing(quick_home: Path, r
     assert sum(summary["killed"].values()) == 500
 
 
+@pytest.mark.parametrize("point", ["persist.half", "step.forward"])
+def test_a4_killed_at_the_same_place_at_every_start_a_run_stops_and_says_why(
+    point: str, drill: MakeDrill
+) -> None:
+    """Whoever starts it again says so, as launchers do; started by hand it may try once more."""
+    broken = drill()
+    again = {"INTERLACE_RESTART": "1"}
+    for number in range(3):
+        attempt = broken.start(1, point, environment=again if number else {})
+        assert attempt.wait() == [-signal.SIGKILL], attempt.printed()
+    for _ in range(2):
+        attempt = broken.start(1, point, environment=again)
+        assert attempt.wait() == [Exit.NO_PROGRESS], attempt.printed()
+        assert "attempt 3" in attempt.printed()
+    checkpoints = broken.run / "checkpoints"
+    left = [path for name in ("inflight", "trash") for path in (checkpoints / name).iterdir()]
+    assert len(left) <= 1
+    assert_invariants(broken)
+    broken.finish(1)
+    assert_invariants(broken)
+
+
 def test_a7_a_load_that_fails_in_the_middle_trains_nothing(drill: MakeDrill, judge: Judge) -> None:
     broken = drill()
     broken.start(1, "step.update@13:kill").wait()

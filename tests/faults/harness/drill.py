@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -226,6 +226,7 @@ class Drill:
         victims: Sequence[int] = (0,),
         environment: Mapping[str, str] | None = None,
         words: Sequence[str] = (),
+        hooks: Callable[[int], Mapping[str, object]] = lambda rank: {},
     ) -> Attempt:
         """Start the run, or go on with it.
 
@@ -235,6 +236,7 @@ class Drill:
             victims: These ranks.
             environment: More variables, for all ranks.
             words: More settings than the drill's.
+            hooks: What is done to each rank before it starts; see rank_hooks.py.
         """
         self.temporary.mkdir(parents=True, exist_ok=True)
         port = str(free_port())
@@ -253,6 +255,7 @@ class Drill:
             pid = self.template.order(
                 words=["train", *self.words, f"run.dir={self.run}", *words],
                 environment=settings,
+                hooks=dict(hooks(rank)),
                 folder=str(self.home),
                 output=str(output),
             )
@@ -280,9 +283,14 @@ class Drill:
                 return True
         return False
 
-    def finish(self, ranks: int = 1, words: Sequence[str] = ()) -> Recovery:
+    def finish(
+        self,
+        ranks: int = 1,
+        words: Sequence[str] = (),
+        hooks: Callable[[int], Mapping[str, object]] = lambda rank: {},
+    ) -> Recovery:
         """Start once more, hold it to a good end, and say how it went on from the start before."""
-        attempt = self.start(ranks, words=words)
+        attempt = self.start(ranks, words=words, hooks=hooks)
         self.follow()
         codes = attempt.wait()
         assert codes == [0] * ranks, attempt.printed()

@@ -5,8 +5,9 @@ them, so that runs can be broken in hundreds. The template starts no thread and 
 group: a fork of it is as good as a new process. It takes orders as lines of JSON, and ends with its
 standard input:
 
-    {"words": [...], "environment": {...}, "folder": PATH, "output": PATH}   start; answers the pid
-    {"reap": PID}                                            answers the exit code, minus a signal
+    {"words": [...], "environment": {...}, "hooks": {...}, "folder": PATH, "output": PATH}
+                     starts a rank; the answer is its pid. Hooks: see rank_hooks.py
+    {"reap": PID}    the answer is the exit code, minus the signal where it was killed
 
 A rank ends by itself, as `interlace` does, or is killed by those who ordered it.
 """
@@ -20,6 +21,8 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any, NoReturn
+
+from rank_hooks import apply
 
 PARENT_DEATH_SIGNAL = 1
 MODULES = (
@@ -49,6 +52,7 @@ def become_rank(order: dict[str, Any]) -> NoReturn:
         os.dup2(source, target)
     os.chdir(order["folder"])
     os.environ.update(order["environment"])
+    apply(order["hooks"])
     from interlace.launch import cli
 
     try:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -152,12 +152,30 @@ def is_rank(pid: int) -> bool:
     return "RayTrainWorker" in command_line(pid)
 
 
+def rank_of(pid: int) -> int | None:
+    """Return the number of the rank that a process is, from the words of its watcher; None before
+    it has one.
+    """
+    for child in descendants(pid):
+        if (found := re.search(r'"rank": (\d+)', command_line(child))) is not None:
+            return int(found[1])
+    return None
+
+
 def command_line(pid: int) -> str:
     """Return how a process is called; empty if it is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
     except OSError:
         return ""
+
+
+def wait_until_gone(pids: Iterable[int], longest: float) -> None:
+    """Wait until none of these processes is there."""
+    end = time.monotonic() + longest
+    while left := [command_line(pid) or str(pid) for pid in pids if alive(pid)]:
+        assert time.monotonic() < end, f"still there: {left}"
+        time.sleep(0.1)
 
 
 def alive(pid: int) -> bool:
@@ -211,7 +229,8 @@ class Nodes:
             start_new_session=True,
             env={**os.environ, **self.environment, **quick, "OMP_NUM_THREADS": "1"},
         )
-        self.address = self.answer()["address"]
+        started = self.answer()
+        self.address, self.logs = started["address"], Path(started["logs"])
         return self
 
     def __exit__(

@@ -17,7 +17,8 @@ def main() -> None:
     shared = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
     head = {"num_cpus": 0, "temp_dir": str(home / "ray"), **shared}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    print(json.dumps({"address": cluster.address}), flush=True)
+    logs = home / "ray" / "session_latest" / "logs"
+    print(json.dumps({"address": cluster.address, "logs": str(logs)}), flush=True)
     for line in sys.stdin:
         node = cluster.add_node(num_cpus=int(line), **shared)
         raylet = node.all_processes["raylet"][0].process.pid
