@@ -102,7 +102,7 @@ def open_run(
             console.close()
             if metrics is not None:
                 metrics.close()
-                draw_pictures(parts.folder.path)
+                leave_pictures(parts.folder.path)
         if world.is_main:
             conclude(run)
     world.barrier()
@@ -309,6 +309,14 @@ def describe(
     write_json(run_dir / "plan.json", plan.model_dump(mode="json"))
     write_json(run_dir / ENVIRONMENT_NAME, environment)
     shutil.copyfile(corpus.folder / TOKENIZER_NAME, run_dir / TOKENIZER_NAME)
+
+
+def leave_pictures(run_dir: Path) -> None:
+    """Draw pictures if the disk has room for them: how the run ended must not be hidden."""
+    try:
+        draw_pictures(run_dir)
+    except OSError as error:
+        print(f"no pictures of this run: {error}")
 
 
 def draw_pictures(run_dir: Path) -> None:
