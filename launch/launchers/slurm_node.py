@@ -6,6 +6,7 @@ called: it ends every Ray of this user on the machine.
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,18 +31,23 @@ def main(words: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         wait_for(host, int(port))
         join = [*RAY, "start", f"--address={address}", "--block", "--disable-usage-stats"]
-        return ended(subprocess.run(join, check=False).returncode)
+        try:
+            return ended(subprocess.run(join, check=False, stdout=subprocess.DEVNULL).returncode)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     start = [
         *RAY,
         "start",
         "--head",
         f"--port={port}",
-        f"--temp-dir={folder}",
+        # Ray opens its own folder to everybody; the one around it stays shut.
+        f"--temp-dir={folder / 'ray'}",
         "--include-dashboard=false",
         "--disable-usage-stats",
         "--block",
     ]
-    head = subprocess.Popen(start, start_new_session=True)
+    # What it says there is advice to people at a terminal.
+    head = subprocess.Popen(start, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
         wait_for(host, int(port))
         launcher = [sys.executable, "-m", "interlace.launch.cli", "launch", "ray"]
@@ -51,11 +57,12 @@ def main(words: Sequence[str]) -> int:
     finally:
         head.terminate()
         head.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def private_folder() -> Path:
-    """Return Ray's folder on this node, new and ours alone; its path is short, since sockets lie
-    in it.
+    """Return a folder of this node, new and ours alone, in which Ray's lies; its path is short,
+    since sockets lie there.
 
     Raises:
         PermissionError: Somebody else has made it.

@@ -17,6 +17,7 @@ from interlace.launch.launchers.request import FixedRun, fixed_run, positive, re
 from interlace.launch.launchers.supervising import Process, say, supervise
 from interlace.trainer.config.load import Recipe
 from interlace.trainer.ends import LAUNCHER_VARIABLE
+from interlace.trainer.starts import RESTART_VARIABLE
 
 RANK_MODULE = "interlace.launch.torchrun"
 PORTS = 16
@@ -58,9 +59,11 @@ class Ranks:
                 words.append(f"--node-rank={self.node_rank}")
         return [*words, "-m", RANK_MODULE, *self.run.words]
 
-    def environment(self) -> Mapping[str, str]:
-        """Return the environment of this machine's ranks."""
+    def environment(self, attempt: int) -> Mapping[str, str]:
+        """Return the environment of this machine's ranks at the so-manieth start."""
         own = {**os.environ, LAUNCHER_VARIABLE: "torchrun"}
+        # A job that went back to the queue has been started before.
+        own[RESTART_VARIABLE] = str(attempt + int(os.environ.get("SLURM_RESTART_COUNT", "0")))
         if "OMP_NUM_THREADS" not in own:
             # torchrun would set 1 for all of them, whatever the machine has.
             own["OMP_NUM_THREADS"] = str(threads_of_each(self.per_node))
@@ -76,7 +79,7 @@ class Ranks:
         """Start the ranks; not in the terminal's group, so that signals reach them once."""
         return subprocess.Popen(
             [sys.executable, "-m", "interlace.launch.launchers.elastic", *self.words(attempt)],
-            env=self.environment(),
+            env=self.environment(attempt),
             start_new_session=True,
         )
 
