@@ -61,6 +61,8 @@ def run_rank(errand: Errand) -> str:
         Exception: Whatever a new start may cure.
     """
     leave_with_parent()
+    # As the command line does; a raylet that somebody else started has his own.
+    os.umask(0o077)
     if Path(errand.folder).is_dir():
         os.chdir(errand.folder)
     world, bridge = world_of_ray(), errand.bridge
