@@ -86,6 +86,9 @@ def open_run(
             console.note(note)
         metrics = None
         if world.is_main:
+            # A start that was overtaken while it was built must leave the newer one's files alone.
+            # Once they are open, those of an older start are other files, which nobody reads.
+            parts.folder.store.require_live(parts.attempt)
             metrics = stack.enter_context(MetricsWriter(parts.folder.path, progress.step))
         stack.enter_context(engine_messages(console, parts.folder.path))
         stop = stop or StopRequest(world.is_main, config.checkpoint.notice_seconds)
@@ -102,7 +105,8 @@ def open_run(
             console.close()
             if metrics is not None:
                 metrics.close()
-                leave_pictures(parts.folder.path)
+                if parts.folder.store.live_attempt() == parts.attempt:
+                    leave_pictures(parts.folder.path)
         if world.is_main:
             conclude(run)
     world.barrier()
@@ -160,6 +164,7 @@ def assemble(
     heartbeat.enter("load")
     progress, notes = restore(folder, attempt, state, corpus, manifest)
     if world.is_main:
+        folder.store.require_live(attempt)
         notes += keep_plugins(folder.path, config.model.plugins)
         environment = describe_environment(world.size)
         if folder.resumes:
