@@ -3,10 +3,8 @@
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 
 from drill import Drill
-from invariants import acknowledged
 
 from interlace.trainer.checkpoint import CheckpointStore
 
@@ -46,5 +44,3 @@ def test_h4_the_skew_of_these_tests_is_seen_by_the_program(drill: MakeDrill) -> 
     skewed.finish(1, hooks=lambda rank: {"clock": 100 * 365 * 24 * HOUR})
     store = CheckpointStore(skewed.run / "checkpoints")
     assert store.read_manifest(2).created[:2] == "21"
-    assert acknowledged(skewed.ack_log)[-1:] in ([(2, 1)], [])
-    assert Path(skewed.run, "metrics.jsonl").is_file()

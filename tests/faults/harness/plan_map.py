@@ -88,7 +88,33 @@ PLAN = {
 }
 """The points, and what is done to the run in each."""
 
-ELSEWHERE: dict[str, tuple[str, ...]] = {}
+COMMIT = "trainer/checkpoint/test_commit.py"
+ENERGY = "trainer/objectives/test_energy.py"
+
+ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "A1": (
+        "trainer/test_resume.py::"
+        "test_a_run_killed_at_every_point_has_the_losses_of_the_straight_run",
+    ),
+    "A3": (
+        "trainer/checkpoint/test_commit_kills.py::"
+        "test_300_kills_show_nothing_broken_and_lose_nothing_promised",
+    ),
+    "A5": (f"{COMMIT}::test_every_byte_and_name_is_on_disk_before_it_is_needed",),
+    "A6": (
+        f"{COMMIT}::test_a_step_is_never_saved_twice",
+        f"{COMMIT}::test_a_step_that_was_committed_meanwhile_is_not_replaced",
+    ),
+    "A7": (
+        "trainer/test_resume.py::"
+        "test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used",
+    ),
+    "D2": (
+        f"{ENERGY}::test_a_killed_run_goes_on_with_the_same_losses_to_the_last_bit",
+        f"{ENERGY}::test_two_ranks_have_the_run_of_one",
+    ),
+    "D3": ("trainer/test_reshard.py::test_two_ranks_then_one_then_four_go_on_as_one_straight_run",),
+}
 """Tests outside tests/faults that show a point, as `path::function` under tests/."""
 
 MISSING = {
