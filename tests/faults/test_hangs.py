@@ -25,13 +25,6 @@ PLACES = {"step.forward": 13, "step.backward": 13, "step.update": 13}
 """Where a rank hangs, always in step 13: after the save of step 10 has long been over."""
 
 
-STOPS = [
-    "step.backward",
-    pytest.param("step.forward", marks=pytest.mark.faults),
-    pytest.param("step.update", marks=pytest.mark.faults),
-]
-
-
 def hangs(drill: MakeDrill, judge: Judge, where: str, action: str) -> tuple[str, int, float]:
     """Let rank 1 of two hang, start again, and hold the run to the undisturbed one.
 
@@ -50,7 +43,8 @@ def hangs(drill: MakeDrill, judge: Judge, where: str, action: str) -> tuple[str,
     return printed, recovery.lost_steps, recovery.seconds
 
 
-@pytest.mark.parametrize("where", STOPS)
+@pytest.mark.faults
+@pytest.mark.parametrize("where", list(PLACES))
 def test_e5_a_stopped_rank_is_named_and_the_run_recovers_bit_for_bit(
     where: str, drill: MakeDrill, judge: Judge, record_fault: RecordFault
 ) -> None:
