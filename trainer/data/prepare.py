@@ -14,10 +14,8 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +51,7 @@ from interlace.trainer.data.tokenizers import (
     load_tokenizer,
     train_bpe,
 )
+from interlace.trainer.data.workers import map_in_processes
 from interlace.trainer.errors import DataError
 from interlace.trainer.registry import LOADED, load_plugins
 
@@ -299,17 +298,7 @@ def run_tasks(tasks: list[Task], workers: int) -> list[TaskResult]:
                 results.append(run_task(task))
                 advance(task.bytes)
             return results
-        # Spawned, not forked: the parent has threads. The caller's own module is imported again
-        # there.
-        with ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn")) as pool:
-            futures = [pool.submit(run_task, task) for task in tasks]
-            try:
-                for future in as_completed(futures):
-                    advance(future.result().task.bytes)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            return [future.result() for future in futures]
+        return map_in_processes(run_task, tasks, workers, lambda task: advance(task.bytes))
 
 
 @contextmanager
