@@ -97,7 +97,9 @@ class Saving:
         # A save that is due waits for the one before.
         if everybody or heard.get("persist_failed") or due:
             self.publish(progress)
-        if due and self.saved_step != progress.step:
+        # A state whose last step was not finite may be why, and must not displace a sound one.
+        sound = progress.skipped_in_a_row == 0
+        if due and sound and self.saved_step != progress.step:
             self.begin(progress)
 
     def begin(self, progress: Progress) -> None:

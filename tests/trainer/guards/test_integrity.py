@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from interlace.trainer.checkpoint.state import TrainingState
 from interlace.trainer.config import load_recipe
 from interlace.trainer.errors import NumericsError
 from interlace.trainer.loop import finished_steps
+from interlace.trainer.objectives import Loss
 from interlace.trainer.run import Run
 from interlace.trainer.world import World
 
@@ -90,20 +92,41 @@ def test_a_run_with_all_checks_is_bit_for_bit_the_run_without(
     assert not (tmp_path / "checked" / "evidence").exists()
 
 
+def test_random_numbers_are_the_same_in_every_computation_and_go_on_as_without_the_probe(
+    tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(run: Run, step: int) -> None:
+        if step:
+            return
+        objective = run.parts.objective
+        usual = objective.loss
+
+        def loss(model: Any, batch: Any) -> Loss:
+            found = usual(model, batch)
+            return replace(found, objective=found.objective * torch.rand(()))
+
+        monkeypatch.setattr(objective, "loss", loss)
+
+    plain = take_steps((*tiny, f"run.dir={tmp_path / 'plain'}"), 4, draw)
+    words = (*tiny, "guard.recompute_every_steps=2", f"run.dir={tmp_path / 'checked'}")
+    assert take_steps(words, 4, draw) == plain
+
+
 def flip_while_computing(
     monkeypatch: pytest.MonkeyPatch, calls: dict[int, int]
 ) -> Callable[[Run, int], None]:
     """Return what makes the given computations of a run, by number from 0, see a weight of which
-    the given bit is flipped.
+    the given bit is flipped. All of them draw a random number that they use.
     """
 
     def arrange(run: Run, step: int) -> None:
         if step:
             return
-        objective, weight = run.parts.objective, run.parts.model.units[0].blocks[1].mixer.up.weight
+        objective = run.parts.objective
+        weight = run.parts.model.get_parameter("layers.0.blocks.1.mixer.up.weight")
         usual, number, wrong = objective.loss, 0, -1
 
-        def loss(model: Any, batch: Any) -> Any:
+        def loss(model: Any, batch: Any) -> Loss:
             nonlocal number, wrong
             if wrong >= 0:
                 flip(weight, 0, wrong)
@@ -111,7 +134,8 @@ def flip_while_computing(
             if wrong >= 0:
                 flip(weight, 0, wrong)
             number += 1
-            return usual(model, batch)
+            found = usual(model, batch)
+            return replace(found, objective=found.objective * torch.rand(()))
 
         monkeypatch.setattr(objective, "loss", loss)
 
@@ -180,8 +204,8 @@ def test_a_bit_that_flips_in_idle_state_is_found_before_it_is_used(
         if step == 2:
             run.parts.state.optimizer.synchronize()
             subgroup = run.parts.state.optimizer.subgroups[0]
-            names = {p: name for name, p in run.parts.model.named_parameters()}
-            seen.extend(names[member.parameter] for member in subgroup.members)
+            names = {id(p): name for name, p in run.parts.model.named_parameters()}
+            seen.extend(names[id(member.parameter)] for member in subgroup.members)
             flip(subgroup.slabs["master"], 0, 3)
 
     with pytest.raises(NumericsError, match="step 3: optimizer state on the host changed while"):
