@@ -37,6 +37,10 @@ from interlace.trainer.config.sharpness_checks import (
     sharpness_has_its_derivative,
     sharpness_rules_are_known,
 )
+from interlace.trainer.config.watchdog_checks import (
+    stragglers_are_slower_than_the_median,
+    watchdog_leaves_time_for_a_phase,
+)
 from interlace.trainer.errors import ConfigError
 
 MOST_THREADS = 1024
@@ -340,4 +344,6 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     mup_has_its_base,
     rules_are_left_out_of_something,
     threshold_follows_the_width,
+    watchdog_leaves_time_for_a_phase,
+    stragglers_are_slower_than_the_median,
 )
