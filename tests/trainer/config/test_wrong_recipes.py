@@ -55,8 +55,8 @@ WRONG_OVERRIDES = {
     "updates before; type offload.overlap=forward or guard.spike_sigmas=0",
     "guard.check_state_every_steps=5": "guard.check_state_every_steps=5: offload.strategy=none keeps "
     "no state on the host; type guard.check_state_every_steps=0 or another offload.strategy",
-    "watchdog.seconds=0.5": "watchdog.seconds=0.5: a machine that is busy may keep a rank waiting for "
-    "so long; type watchdog.seconds=1 or more, or watchdog.seconds=0 to turn the watchdog off",
+    "watchdog.seconds=0.5": "watchdog.seconds=0.5: a machine that is busy may keep a rank waiting "
+    "for so long; type watchdog.seconds=1 or more, or watchdog.seconds=0 to turn the watchdog off",
     "watchdog.straggler_factor=1.0": "watchdog.straggler_factor=1.0: half of all ranks take that "
     "many times the median rank's seconds; type watchdog.straggler_factor=1.5 or another number "
     "above 1, or 0 to name nobody",
