@@ -174,6 +174,32 @@ def test_a_job_that_is_cancelled_saves_and_does_not_go_back(
     assert cluster.requeued() == 0
 
 
+@pytest.mark.long
+def test_a_job_with_ray_has_a_cluster_of_its_own_that_leaves_nothing(
+    tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cluster, run = Cluster(tmp_path, nodes=1), tmp_path / "run"
+    words = (*tiny, "train.steps=10", f"run.dir={run}", "--gpus-per-node", "0", "--ray")
+    assert "--ray" in cluster.submit(*words)
+    with cluster.start() as job:
+        wait_for_a_checkpoint(run, job)
+        (token,) = (tmp_path / ".interlace").iterdir()
+        modes = [path.stat().st_mode & 0o777 for path in (token.parent, token)]
+        secret = token.read_text(encoding="ascii")
+        private = Path(f"/tmp/interlace-{os.getuid()}-4242")
+        assert private.stat().st_mode & 0o777 == 0o700
+        said, _ = job.communicate(timeout=400)
+    assert job.returncode == 0, said
+    assert modes == [0o700, 0o600]
+    assert committed(run)[-1] == 10
+    assert not token.exists()
+    assert not private.exists()
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert secret not in said
+    assert not any(secret.encode() in path.read_bytes() for path in files)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

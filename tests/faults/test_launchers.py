@@ -1,0 +1,105 @@
+"""What becomes of a run whose launcher is killed, and of one in which every start fails."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from interlace.trainer.checkpoint.commit import CheckpointStore
+from interlace.trainer.ends import attempts_of, first_failure
+from interlace.trainer.exits import Exit
+
+pytestmark = pytest.mark.faults
+LAUNCH = [sys.executable, "-m", "interlace.launch.cli", "launch", "torchrun"]
+
+
+def committed(run: Path) -> int:
+    return max(CheckpointStore(run / "checkpoints").committed_steps(), default=0)
+
+
+def processes_of(run: Path) -> list[int]:
+    """Return every process that has the run's folder among its words."""
+    found: list[int] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"run.dir={run}".encode() in (process / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
+
+
+def wait_until(true: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_e9_a_launcher_that_is_killed_leaves_no_rank_and_the_same_words_go_on(
+    tiny: Sequence[str],
+    losses_of: Callable[[Path], list[str]],
+    record_fault: Callable[[str, int, float], None],
+    tmp_path: Path,
+) -> None:
+    words = [*LAUNCH, *tiny, "train.steps=60", "--nproc", "2"]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    undisturbed = subprocess.run(
+        [*words, f"run.dir={straight}"], env=settings, capture_output=True, text=True, check=False
+    )
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    with subprocess.Popen([*words, f"run.dir={run}"], env=settings) as launcher:
+        wait_until(lambda: committed(run) >= 5, 200)
+        launcher.kill()
+        killed = time.time()
+    acknowledged = committed(run)
+    # Ranks hear of it from the kernel, finish their step and save.
+    wait_until(lambda: processes_of(run) == [], 30)
+    saved = committed(run)
+    assert acknowledged <= saved < 60
+    again = subprocess.Popen(
+        [*words, f"run.dir={run}"], env=settings, stdout=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: committed(run) > saved, 200)
+    recovered = time.time() - killed
+    said, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, said
+    assert f"resumed from the checkpoint of step {saved}" in said
+    assert losses_of(run) == losses_of(straight)
+    record_fault("launcher killed, started again by hand", 0, recovered)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "status"),
+    # The launcher's own budget comes first, or the rule that every launcher obeys.
+    [(2, 128 + signal.SIGKILL), (9, int(Exit.NO_PROGRESS))],
+)
+def test_e10_when_every_start_fails_pauses_grow_and_there_is_an_end(
+    restarts: int, status: int, tiny: Sequence[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [*LAUNCH, *tiny, f"run.dir={run}", "--max-restarts", str(restarts)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "INTERLACE_FAILPOINT": "step.forward@3:kill"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    tried = min(restarts, 3)
+    pauses = [int(seconds) for seconds in re.findall(r"from step 0 in (\d+) s", done.stderr)]
+    assert pauses == [1, 2, 4][:tried]
+    assert len(attempts_of(run)) == tried + 1
+    end = first_failure(run)
+    assert end is not None
+    record = run / "ends" / f"attempt-{tried + 1}" / "rank-0.json"
+    assert json.loads(record.read_text(encoding="utf-8"))["kind"] == end.kind
+    assert committed(run) == 0
