@@ -150,7 +150,7 @@ def stacks(reports: Sequence[Report]) -> list[str]:
 
 
 def readable(stack: Sequence[str]) -> list[str]:
-    """Return the innermost frames and, of those further out, our own."""
+    """Return the innermost frames and, of those further out, those of the trainer."""
     frames = [_FRAME.sub(r"\1:\2 \3", frame) for frame in stack]
-    ours = [frame for frame in frames[INNERMOST:] if frame.startswith("interlace/")]
+    ours = [frame for frame in frames[INNERMOST:] if frame.startswith("interlace/trainer/")]
     return (frames[:INNERMOST] + ours)[:SHOWN_FRAMES]
