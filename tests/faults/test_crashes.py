@@ -85,7 +85,8 @@ def test_a1_two_ranks_killed_at_a_failpoint_go_on_bit_for_bit(
     assert 0 not in codes, attempt.printed()
     recovery = broken.finish(2)
     judge(broken, 2)
-    assert recovery.lost_steps <= 5
+    # While one checkpoint is written training goes on, at most to where the next one is due.
+    assert recovery.lost_steps <= 2 * 5
     record_fault(f"killed at a failpoint, {victims} of 2", recovery.lost_steps, recovery.seconds)
 
 
