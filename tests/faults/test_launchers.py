@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -74,6 +75,59 @@ def test_e9_a_launcher_that_is_killed_leaves_no_rank_and_the_same_words_go_on(
     assert f"resumed from the checkpoint of step {saved}" in said
     assert losses_of(run) == losses_of(straight)
     record_fault("launcher killed, started again by hand", 0, recovered)
+
+
+def test_e1_when_a_rank_of_one_machine_is_killed_the_launchers_of_both_start_again(
+    tiny: Sequence[str],
+    losses_of: Callable[[Path], list[str]],
+    record_fault: Callable[[str, int, float], None],
+    tmp_path: Path,
+) -> None:
+    words = [*LAUNCH, *tiny, "train.steps=60"]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    undisturbed = subprocess.run(
+        [*words, f"run.dir={straight}", "--nproc", "2"], env=settings, check=False
+    )
+    assert undisturbed.returncode == 0
+    # Two machines, as far as the launchers know.
+    meet = ["--nproc", "1", "--nnodes", "2", "--rdzv", f"localhost:{free_port()}"]
+    machines = [
+        subprocess.Popen(
+            [*words, f"run.dir={run}", *meet], env=settings, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    wait_until(lambda: committed(run) >= 5, 200)
+    before = committed(run)
+    (victim,) = (process for process in processes_of(run) if is_rank(process, 1))
+    os.kill(victim, signal.SIGKILL)
+    killed, taken = time.time(), len(losses_of(run))
+    wait_until(lambda: committed(run) > before + 5, 300)
+    recovered = time.time() - killed
+    said = [machine.communicate(timeout=300)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert losses_of(run) == losses_of(straight)
+    again = [re.findall(r"start 1 of 3 from step (\d+)", text) for text in said]
+    assert again[0] == again[1] != [], said
+    assert not any("Traceback" in text for text in said), said
+    record_fault("rank killed on one of two machines", taken - int(again[0][0]), recovered)
+
+
+def free_port() -> int:
+    """Return a port that nothing listens at."""
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
+
+
+def is_rank(process: int, rank: int) -> bool:
+    """Whether a process is this rank: not its launcher, nor one that it has started."""
+    with contextlib.suppress(OSError):
+        said = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        settings = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+        return b"interlace.launch.torchrun" in said[:4] and f"RANK={rank}".encode() in settings
+    return False
 
 
 @pytest.mark.parametrize(

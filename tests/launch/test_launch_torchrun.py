@@ -19,6 +19,7 @@ from interlace.launch.launchers.torchrun import PORTS, ranks_of
 from interlace.trainer.checkpoint.commit import CheckpointStore
 from interlace.trainer.config import load_recipe
 from interlace.trainer.errors import ConfigError
+from interlace.trainer.exits import Exit
 
 Losses = Callable[[Path], list[str]]
 
@@ -166,11 +167,11 @@ def test_a_mistake_is_told_once_and_not_repeated(
 
 def test_a_budget_is_for_starts_in_a_row_that_bring_nothing() -> None:
     budget = Budget(limit=2, step=0)
-    assert [budget.pause(0), budget.pause(5), budget.pause(5)] == [1.0, 1.0, 2.0]
-    assert budget.pause(5) is None
-    assert Budget(limit=0, step=0).pause(0) is None
+    pauses = [budget.pause(step, Exit.DEFECT) for step in (0, 5, 5, 5)]
+    assert pauses == [1.0, 1.0, 2.0, None]
+    assert Budget(limit=0, step=0).pause(0, Exit.DEFECT) is None
     patient = Budget(limit=100, step=0)
-    assert max(filter(None, (patient.pause(0) for _ in range(20)))) == 60.0
+    assert max(filter(None, (patient.pause(0, Exit.DEFECT) for _ in range(20)))) == 60.0
 
 
 def wanted(*words: str) -> list[str]:
