@@ -38,12 +38,13 @@ def copy_checkpoint(source: CheckpointStore, step: int, target: CheckpointStore)
     attempt = target.begin_attempt()
     folder = target.reserve(step, attempt, manifest.total_bytes)
     for record in manifest.files:
-        with open_regular(source.committed_path(step) / record.name) as file:
+        path = source.committed_path(step) / record.name
+        with open_regular(path) as file:
             written = write_file(folder / record.name, iter(lambda: file.read(COPIED_BYTES), b""))
         if written != record:
             target.abandon(step, attempt)
             raise CheckpointError(
-                f"{file.name}: is not what its manifest promises, so nothing was copied; take an "
+                f"{path}: is not what its manifest promises, so nothing was copied; take an "
                 "older step"
             )
     target.publish(step, attempt, manifest.files, manifest.payload)
