@@ -60,6 +60,9 @@ WRONG_OVERRIDES = {
     "watchdog.straggler_factor=1.0": "watchdog.straggler_factor=1.0: half of all ranks take that "
     "many times the median rank's seconds; type watchdog.straggler_factor=1.5 or another number "
     "above 1, or 0 to name nobody",
+    "data.source=https://me:word@host/text.jsonl": "data.source: holds a password in an address, "
+    "and the run folder would keep it; leave it out and let the library find it (HF_TOKEN, "
+    "~/.netrc, or a file that you download yourself)",
     "model.width=250 model.heads=4": "model.width=250: does not split into model.heads=4 heads; "
     "type model.width=248 or model.width=252, or give model.head_width",
     "model.heads=3 model.kv_heads=1": "model.width=256: does not split into model.heads=3 heads; "
