@@ -317,10 +317,11 @@ def describe(
 
 
 def leave_pictures(run_dir: Path) -> None:
-    """Draw pictures if the disk has room for them: how the run ended must not be hidden."""
+    """Draw pictures if disk and memory have room for them: how the run ended must not be hidden."""
     try:
         draw_pictures(run_dir)
-    except OSError as error:
+    # ImportError: a library that does not fit into memory any more.
+    except (OSError, MemoryError, ImportError) as error:
         print(f"no pictures of this run: {error}")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from interlace.trainer.assembly import open_run
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.memory_short import memory_in_words
 from interlace.trainer.run import Run
 from interlace.trainer.signals import StopRequest
 from interlace.trainer.supervision import Supervision
@@ -53,7 +54,8 @@ def train(
         UserError: Whatever a person can mend, before the first step where that is possible.
     """
     supervision = Supervision(config, world)
-    with supervision, open_run(config, world, stop, supervision.begin) as run:
+    opened = open_run(config, world, stop, supervision.begin)
+    with supervision, memory_in_words(config, world), opened as run:
         run.saving.on_commit = on_commit
         for _ in finished_steps(run):
             if run.stop_requested:

@@ -36,22 +36,26 @@ class Budget:
         limit: So many, after the first.
         step: Newest step that was committed when a start last failed.
         failures: Failed starts since that step is what it is.
+        memory: Whether the last one of them ended because memory ran out, which is worth one more
+            try: somebody else may have had it. A second time it is the recipe.
     """
 
     limit: int
     step: int
     failures: int = 0
+    memory: bool = False
 
-    def pause(self, step: int) -> float | None:
-        """Count a failed start that left `step` as the newest one.
+    def pause(self, step: int, status: int = Exit.DEFECT) -> float | None:
+        """Count a failed start that left `step` as the newest one and ended with `status`.
 
         Returns:
             Seconds to wait before the next start; None if there shall be none.
         """
         if step > self.step:
-            self.step, self.failures = step, 0
+            self.step, self.failures, self.memory = step, 0, False
         self.failures += 1
-        if self.failures > self.limit:
+        again, self.memory = self.memory, status == Exit.MEMORY
+        if self.failures > self.limit or (again and self.memory):
             return None
         return min(FIRST_PAUSE_SECONDS * 2 ** (self.failures - 1), LONGEST_PAUSE_SECONDS)
 
@@ -157,7 +161,9 @@ def supervise(start: Callable[[int], Process], folder: Path, max_restarts: int) 
             if stop.received:
                 # It was asked to leave, so an end by a signal is none to tell of.
                 return Exit.INTERRUPTED if failure.status > 128 else told(failure)
-            pause = budget.pause(newest_step(store)) if failure.restartable else None
+            pause = None
+            if failure.restartable:
+                pause = budget.pause(newest_step(store), failure.status)
             if pause is None:
                 return told(failure)
             again = f"start {budget.failures} of {budget.limit} from step {budget.step}"

@@ -15,6 +15,7 @@ visit if VISIT is `*`. ACTION is one of
     raise     raise FailpointHit
     enospc    raise OSError: no space left on device
     eio       raise OSError: input/output error
+    nomem     raise MemoryError
     nan       make the number here NaN (at `step.loss` only, as `spike`)
     spike     make the number here a hundred times what it is
 
@@ -210,6 +211,10 @@ def _raise_hit(name: str) -> None:
     raise FailpointHit(name)
 
 
+def _raise_no_memory(name: str) -> None:
+    raise MemoryError(f"failpoint {name}")
+
+
 _ACTIONS: dict[str, Callable[[str], None]] = {
     "kill": _sender(signal.SIGKILL),
     "stop": _sender(signal.SIGSTOP),
@@ -219,6 +224,7 @@ _ACTIONS: dict[str, Callable[[str], None]] = {
     "raise": _raise_hit,
     "enospc": _raiser(errno.ENOSPC),
     "eio": _raiser(errno.EIO),
+    "nomem": _raise_no_memory,
     "sigterm": _sender(signal.SIGTERM),
     "sigint": _sender(signal.SIGINT),
 }

@@ -185,7 +185,7 @@ def test_a_bad_setting_lists_the_names(setting: str, monkeypatch: pytest.MonkeyP
         f"INTERLACE_FAILPOINT={setting!r} is not a failpoint, so nothing would fail where you "
         f"expect it. Write NAME[@VISIT][:ACTION], or unset it. Names: "
         f"{', '.join(sorted(FAILPOINTS))}. Actions: kill, stop, "
-        "delay, burn, hang, raise, enospc, eio, sigterm, sigint, nan, spike."
+        "delay, burn, hang, raise, enospc, eio, nomem, sigterm, sigint, nan, spike."
     )
 
 
