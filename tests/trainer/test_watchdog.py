@@ -18,9 +18,9 @@ from interlace.trainer.exits import Exit
 from interlace.trainer.heartbeat import Heartbeat, OwnTime, Pulse, read_pulse, shared_memory
 from interlace.trainer.stragglers import WINDOW, Stragglers
 from interlace.trainer.watchdog.patience import LEAST_SECONDS, Patience
-from interlace.trainer.watchdog.reports import Report
+from interlace.trainer.watchdog.reports import Report, alarms_of
 from interlace.trainer.watchdog.stacks import frames_of
-from interlace.trainer.watchdog.verdict import culprits, page, verdict
+from interlace.trainer.watchdog.verdict import culprits, is_stall, page, verdict
 
 PATIENCE = 120
 """Seconds for a process that takes one on a quiet machine."""
@@ -125,6 +125,26 @@ def test_an_unset_limit_is_five_times_the_longest_usual_interval_but_at_least_tw
     assert patience.limit == 200.0
 
 
+def test_data_that_moves_is_a_sign_of_life_and_a_trickle_is_not() -> None:
+    patience = Patience(8.0)
+    patience.observe(pulse(1), 0.0)
+    for look in range(1, 40):
+        patience.observe(pulse(1), 0.5, moved_bytes=look * 2**20)
+    assert not patience.lost
+    for look in range(40):
+        patience.observe(pulse(1), 0.5, moved_bytes=40 * 2**20 + look * 1000)
+    assert patience.lost
+
+
+def test_after_a_false_alarm_twice_as_much_is_allowed_until_the_next_mark() -> None:
+    patience = Patience(8.0)
+    patience.observe(pulse(1), 0.0)
+    patience.extend()
+    assert patience.limit == 16.0
+    patience.observe(pulse(2), 1.0)
+    assert patience.limit == 8.0
+
+
 # ---- who waits for whom --------------------------------------------------------------------------
 
 IN_GATHER = ['File "/x/site-packages/torch/distributed/distributed_c10d.py", line 4 in wait']
@@ -132,7 +152,8 @@ IN_MODEL = ['File "/x/interlace/trainer/run.py", line 4 in backward_of']
 
 
 def stalled(rank: int, phase: str, marks: int, state: str = "waiting", **more: object) -> Report:
-    return Report(rank=rank, phase=phase, step=12, marks=marks, idle=34.0, state=state, **more)  # type: ignore[arg-type]
+    told = {"limit": 30.0, **more}
+    return Report(rank=rank, phase=phase, step=12, marks=marks, idle=34.0, state=state, **told)  # type: ignore[arg-type]
 
 
 def test_the_rank_that_has_come_least_far_is_the_one_that_others_wait_for() -> None:
@@ -177,13 +198,23 @@ def test_a_rank_whose_watcher_does_not_answer_and_one_that_has_ended_are_named()
     )
 
 
+def test_a_run_is_not_ended_while_those_that_others_wait_for_may_take_their_time() -> None:
+    waits, saves = stalled(0, "exchange", 50), stalled(1, "publish", 49, limit=300.0)
+    assert waits.late
+    assert not is_stall([waits, saves])
+    assert is_stall([waits, stalled(1, "publish", 49, limit=33.0)])
+    assert is_stall([waits, stalled(1, "publish", 49, "stopped", limit=300.0)])
+    assert is_stall([waits, Report(rank=1)])
+    assert is_stall([stalled(rank, "exchange", 50, stack=IN_GATHER) for rank in range(2)])
+
+
 def test_the_page_shows_equal_stacks_once_and_says_where_the_rest_is() -> None:
     reports = [
         stalled(0, "exchange", 50, stack=IN_GATHER),
         stalled(1, "backward", 49, "stopped", host="a"),
         stalled(2, "exchange", 50, stack=IN_GATHER),
     ]
-    assert page(reports, 30.0, "RUN/ends/attempt-1").splitlines()[2:] == [
+    assert page(reports, "RUN/ends/attempt-1").splitlines()[2:] == [
         "  rank  phase          step    silent  process",
         "     0  exchange         12      34 s  waiting",
         "     1  backward         12      34 s  stopped by a signal (SIGSTOP)",
@@ -198,7 +229,7 @@ def test_the_page_shows_equal_stacks_once_and_says_where_the_rest_is() -> None:
 def test_of_hundreds_of_ranks_the_page_shows_the_guilty_and_one_of_every_kind() -> None:
     reports = [stalled(rank, "exchange", 50, stack=IN_GATHER) for rank in range(512)]
     reports[300] = stalled(300, "backward", 49, stack=IN_MODEL)
-    lines = page(reports, 30.0, "RUN").splitlines()
+    lines = page(reports, "RUN").splitlines()
     assert len(lines) < 15
     assert "511 others, such as rank 0, wait for it in exchange of step 12" in lines[1]
     assert "  510 more ranks are where others are" in lines
@@ -330,6 +361,79 @@ def test_signals_for_the_ranks_do_not_end_the_watcher(tmp_path: Path) -> None:
         seconds=60,
     )
     assert done.stdout.split()[1] == "None", done.stderr
+
+
+PEERS = """
+import os, sys, time
+from pathlib import Path
+from interlace.trainer.watchdog.watch import Watch
+rank, peer_sleeps = int(sys.argv[2]), float(sys.argv[3])
+watch = Watch(Path(sys.argv[1]), 1, rank, 2, 1.0)
+for phase in ("data", "exchange", "data", "exchange", "norm"):
+    watch.heartbeat.enter(phase, 3)
+if rank == 1:
+    # A slow phase: ten seconds are allowed.
+    watch.heartbeat.enter("publish")
+    time.sleep(peer_sleeps)
+    Path(sys.argv[1], "done").touch()
+else:
+    watch.heartbeat.enter("update")
+    watch.heartbeat.enter("exchange")
+    while not Path(sys.argv[1], "done").exists():
+        time.sleep(0.05)
+watch.close()
+"""
+
+
+def two_ranks(folder: Path, peer_sleeps: float) -> tuple[list[int], str]:
+    """Let rank 0 wait for rank 1, which takes its time; return statuses and what they printed."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", PEERS, str(folder), str(rank), str(peer_sleeps)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=PATIENCE)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    return [process.returncode for process in ranks], "".join(printed)
+
+
+def test_ranks_that_wait_for_a_slow_one_are_not_ended_as_long_as_it_may_be_slow(
+    tmp_path: Path,
+) -> None:
+    codes, printed = two_ranks(tmp_path, peer_sleeps=4.0)
+    assert codes == [0, 0], printed
+    assert printed == ""
+    alarms = alarms_of(tmp_path / "ends" / "attempt-1")
+    assert alarms
+    assert {alarm.decision() for alarm in alarms} == {False}
+
+
+def test_a_slow_rank_that_takes_too_long_ends_the_run(tmp_path: Path) -> None:
+    codes, printed = two_ranks(tmp_path, peer_sleeps=600.0)
+    assert codes == [Exit.STALLED, Exit.STALLED], printed
+    assert printed.count("the run stands still") == 1
+    assert "rank 1 has been in publish of step 3" in printed
+    kinds = {end.rank: end.kind for end in ends_of(tmp_path, 1)}
+    assert kinds == {0: "waiting", 1: "stalled"}
+
+
+def test_time_in_which_the_watcher_could_not_run_does_not_count(tmp_path: Path) -> None:
+    done = rank(
+        tmp_path,
+        "os.kill(watch.process.pid, signal.SIGSTOP); time.sleep(4)\n"
+        "os.kill(watch.process.pid, signal.SIGCONT)\n"
+        "for _ in range(20):\n    watch.heartbeat.beat(); time.sleep(0.05)\n"
+        "watch.close()\n",
+        seconds=2,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
 
 
 def test_nothing_of_the_environment_is_written_down(tmp_path: Path) -> None:

@@ -35,6 +35,14 @@ def culprits(reports: Sequence[Report]) -> list[Report]:
     return busy if len(busy) < len(reports) else []
 
 
+def is_stall(reports: Sequence[Report]) -> bool:
+    """Whether the run has to be ended: not if those that others wait for are not late themselves,
+    since they have a reason to take their time.
+    """
+    guilty = culprits(reports)
+    return not guilty or any(each.late or each.state in STATES for each in guilty)
+
+
 def in_collective(report: Report) -> bool:
     """Whether the innermost Python frame is one of torch.distributed."""
     return bool(report.stack) and _COLLECTIVES in report.stack[0]
@@ -91,14 +99,14 @@ def names(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(map(str, ranks))}"
 
 
-def page(reports: Sequence[Report], limit: float, folder: str) -> str:
+def page(reports: Sequence[Report], folder: str) -> str:
     """Return all that is printed: the verdict, a table of the ranks, their stacks.
 
     Args:
         reports: Of all ranks.
-        limit: Seconds that were allowed, as the watcher that tells judges its own rank.
         folder: Where the whole stacks are.
     """
+    limit = min(report.limit for report in reports if report.late or len(reports) == 1)
     lines = [
         f"interlace: the run stands still, for longer than {limit:.0f} s (watchdog.seconds)",
         verdict(reports),

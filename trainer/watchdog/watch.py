@@ -15,7 +15,7 @@ from pathlib import Path
 import interlace
 from interlace.trainer.exits import Exit
 from interlace.trainer.heartbeat import Heartbeat, shared_memory
-from interlace.trainer.watchdog.reports import alarm_raised
+from interlace.trainer.watchdog.reports import alarms_of
 from interlace.trainer.watchdog.watcher import (
     GOODBYE,
     LEAVE,
@@ -102,7 +102,7 @@ class Watch:
         A rank whose peer was ended first sees an error of communication; it ends for the reason
         that the watchers have found.
         """
-        if alarm_raised(self.watched.folder):
+        if any(alarm.decision() for alarm in alarms_of(self.watched.folder)):
             self.listener.join(TELLS_WITHIN)
 
     def close(self) -> None:

@@ -13,28 +13,20 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from interlace.trainer.ends import End, Kind, ends_folder, record_end
 from interlace.trainer.heartbeat import PULSE_BYTES, Pulse, read_pulse
 from interlace.trainer.watchdog.patience import Patience
-from interlace.trainer.watchdog.reports import (
-    CLAIM_NAME,
-    Report,
-    alarm_raised,
-    claim,
-    collect,
-    raise_alarm,
-    send_report,
-    wait_until,
-)
+from interlace.trainer.watchdog.reports import Alarm, Report, wait_until
 from interlace.trainer.watchdog.stacks import frames_of
-from interlace.trainer.watchdog.verdict import culprits, page, verdict
+from interlace.trainer.watchdog.verdict import culprits, is_stall, page, verdict
 
 GOODBYE = b"goodbye"
 LEAVE = b"leave"
-REPORTS_WITHIN = 5.0
+REPORTS_WITHIN = 10.0
 LEAVES_WITHIN = 2.0
 _STATES = {"T": "stopped", "t": "stopped", "R": "running", "Z": "ended", "X": "ended"}
 
@@ -88,6 +80,7 @@ class Watcher:
         self.memory = mmap.mmap(memory, PULSE_BYTES, prot=mmap.PROT_READ)
         self.line = line
         self.patience = Patience(watched.seconds)
+        self.alarm = Alarm(watched.folder, 1)
         self.tick = min(0.5, max(0.1, (watched.seconds or 10.0) / 20))
 
     def run(self) -> None:
@@ -96,10 +89,10 @@ class Watcher:
         while not self.left():
             now = time.monotonic()
             # When this process was kept from running, the rank was so too, and is not to blame.
-            self.patience.observe(self.pulse(), min(now - last, 4 * self.tick))
+            seen = min(now - last, 4 * self.tick)
+            self.patience.observe(self.pulse(), seen, moved_bytes(self.watched.pid))
             last = now
-            if self.patience.lost or self.alarmed():
-                self.end_stall()
+            if (self.patience.lost or self.alarmed()) and self.ended_stall():
                 return
 
     def left(self) -> bool:
@@ -128,37 +121,58 @@ class Watcher:
     def alarmed(self) -> bool:
         """Whether the watcher of another rank has lost patience."""
         try:
-            return self.watched.size > 1 and alarm_raised(self.watched.folder)
+            return self.watched.size > 1 and self.alarm.raised
         except OSError:
             return False
 
-    def end_stall(self) -> None:
-        """Tell who waits for whom, record it and end the rank."""
-        watched = self.watched
+    def ended_stall(self) -> bool:
+        """Ask all watchers; if the run stands still, tell who waits for whom and end the rank.
+
+        Returns:
+            Whether it did; if not, the alarm was false, and this rank is given more time.
+        """
         own = self.report()
         try:
-            raise_alarm(watched.folder)
+            self.alarm.raise_it()
             own = replace(own, stack=self.stack_of_rank(own.state))
-            send_report(watched.folder, own)
-            reports = collect(watched.folder, watched.size, watched.attempt, REPORTS_WITHIN)
-            # Rank 0's watcher tells; should it not, another does.
-            first = watched.rank == 0 or not wait_until(self.told, REPORTS_WITHIN)
-            tells = first and claim(watched.folder)
+            watched = self.watched
+            reports = self.alarm.collect(own, watched.size, watched.attempt, REPORTS_WITHIN)
+            stall = self.decided(reports)
         except OSError as error:
-            # Without the run folder the watchers cannot meet; each tells of its own rank.
-            print(f"interlace: {watched.run_dir} cannot be written: {error}", file=sys.stderr)
-            reports, tells = [own], True
-        if tells:
-            text = page(reports, self.patience.limit, str(watched.folder))
-            print(text, file=sys.stderr, flush=True)
+            # Without the run folder the watchers cannot meet; each speaks for its own rank.
+            print(f"interlace: {self.watched.run_dir} cannot be used: {error}", file=sys.stderr)
+            reports, stall = [own], own.late
+            if stall:
+                self.tell(reports)
+        self.alarm = Alarm(self.watched.folder, self.alarm.number + 1)
+        if not stall:
+            if own.late:
+                self.patience.extend()
+            return False
         guilty = not (found := culprits(reports)) or own.rank in [each.rank for each in found]
         kind: Kind = "stalled" if guilty else "waiting"
-        self.record(kind, verdict(reports), watched.stalled_status, "\n".join(own.stack))
+        self.record(kind, verdict(reports), self.watched.stalled_status, "\n".join(own.stack))
         self.end_rank(own.state)
+        return True
 
-    def told(self) -> bool:
-        """Whether some watcher is telling."""
-        return (self.watched.folder / CLAIM_NAME).exists()
+    def decided(self, reports: Sequence[Report]) -> bool:
+        """Return whether the run is ended, as the leader decides: rank 0's watcher, or another
+        should that one be gone.
+        """
+        if self.watched.rank != 0:
+            wait_until(lambda: self.alarm.decision() is not None, 2 * REPORTS_WITHIN)
+        decision = self.alarm.decision()
+        if decision is None and self.alarm.lead():
+            decision = is_stall(reports)
+            if decision:
+                self.tell(reports)
+            self.alarm.decide(decision)
+        return is_stall(reports) if decision is None else decision
+
+    def tell(self, reports: Sequence[Report]) -> None:
+        """Print who waits for whom, for all ranks."""
+        text = page(reports, str(self.watched.folder))
+        print(text, file=sys.stderr, flush=True)
 
     def report(self) -> Report:
         """Return how the rank stands, without its stack."""
@@ -169,6 +183,7 @@ class Watcher:
             step=pulse.step,
             marks=pulse.marks,
             idle=self.patience.idle,
+            limit=self.patience.limit,
             state=self.state(),
         )
 
@@ -236,3 +251,15 @@ class Watcher:
                 return
         if not self.gone():
             os.kill(self.watched.pid, signal.SIGKILL)
+
+
+def moved_bytes(pid: int) -> int:
+    """Return what a process has read and written so far, from files, pipes and disks; 0 where the
+    system does not tell.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    counted = ("rchar", "wchar", "read_bytes")
+    return sum(int(line.split()[1]) for line in lines if line.partition(":")[0] in counted)
