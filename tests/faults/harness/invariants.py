@@ -13,6 +13,7 @@
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from drill import Drill
 
 from interlace.trainer.checkpoint import CheckpointStore, verify_run
 from interlace.trainer.exits import Exit
+
+ORPHAN_SECONDS = 30.0
+"""How long what belongs to a rank may outlive it: its watcher writes down how it ended."""
 
 KEEP_LAST = 2
 """checkpoint.keep_last of the drills."""
@@ -81,16 +85,26 @@ def left_over(drill: Drill) -> Iterator[str]:
     """I5: processes that know the drill's folder, and files that nobody will look for."""
     yield from (f"temporary file {path}" for path in drill.temporary.iterdir())
     yield from (f"unfinished file {path}" for path in drill.run.rglob("*.partial"))
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while (orphans := list(processes_of(drill))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    yield from orphans
+
+
+def processes_of(drill: Drill) -> Iterator[str]:
+    """Yield every living process that was started with the drill's folder in its environment or
+    command line.
+    """
     mark = os.fsencode(drill.home)
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
             continue
         try:
-            known = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
+            words, variables = ((process / name).read_bytes() for name in ("cmdline", "environ"))
         except OSError:
             continue
-        if mark in known:
-            yield f"process {process.name} is left over: {known!r}"
+        if mark in words + variables:
+            yield f"process {process.name} is left over: {words!r}"
 
 
 def silent_ends(drill: Drill) -> Iterator[str]:

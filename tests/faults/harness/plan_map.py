@@ -90,6 +90,8 @@ PLAN = {
 
 COMMIT = "trainer/checkpoint/test_commit.py"
 ENERGY = "trainer/objectives/test_energy.py"
+ORDER = "trainer/data/test_order.py"
+PREPARE = "trainer/data/test_prepare.py"
 
 ELSEWHERE: dict[str, tuple[str, ...]] = {
     "A1": (
@@ -109,11 +111,28 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
         "trainer/test_resume.py::"
         "test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used",
     ),
+    "C4": (
+        "trainer/test_offloaded_runs.py::test_memory_that_is_not_there_is_refused_before_training",
+    ),
     "D2": (
         f"{ENERGY}::test_a_killed_run_goes_on_with_the_same_losses_to_the_last_bit",
         f"{ENERGY}::test_two_ranks_have_the_run_of_one",
     ),
     "D3": ("trainer/test_reshard.py::test_two_ranks_then_one_then_four_go_on_as_one_straight_run",),
+    "G1": (
+        f"{PREPARE}::test_a_bad_row_is_named_by_file_number_and_reason",
+        f"{PREPARE}::test_skipped_rows_are_counted_and_listed",
+        f"{PREPARE}::test_too_many_bad_rows_stop_the_work_and_keep_the_list",
+    ),
+    "G3": (
+        f"{PREPARE}::test_every_single_byte_flip_of_a_corpus_is_found",
+        "trainer/test_resume.py::test_a_changed_corpus_cannot_continue_a_run",
+    ),
+    "G4": (
+        f"{PREPARE}::test_too_few_tokens_are_refused_with_numbers",
+        f"{ORDER}::test_every_row_of_a_source_comes_once_in_each_epoch",
+    ),
+    "G5": (f"{ORDER}::test_a_row_depends_on_its_number_alone",),
 }
 """Tests outside tests/faults that show a point, as `path::function` under tests/."""
 
