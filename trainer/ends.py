@@ -164,6 +164,9 @@ def is_of_a_peer(error: BaseException) -> bool:
     kind = type(error).__name__
     if kind in ("DistNetworkError", "DistStoreError"):
         return True
+    if isinstance(error, BrokenPipeError):
+        # Of our own output, which nobody reads any more; ranks talk through torch, in C++.
+        return False
     return isinstance(error, (RuntimeError, ConnectionError)) and bool(
         _PEER_WORDS.search(str(error))
     )

@@ -87,7 +87,7 @@ class Supervision:
 
     def record(self, folder: RunFolder, error: BaseException) -> None:
         """Write how this rank ends, and note on the error that it is written."""
-        kind, status = judge(error)
+        kind, status = judge(error, self.world.size)
         if kind == "peer" and self.watch is not None:
             self.watch.leave_if_stalled()
         pulse = self.heartbeat.pulse
@@ -108,11 +108,11 @@ class Supervision:
             mark_recorded(error, path)
 
 
-def judge(error: BaseException) -> tuple[Kind, int]:
-    """Return in one word why a rank ends, and the exit status that goes with it."""
+def judge(error: BaseException, world_size: int) -> tuple[Kind, int]:
+    """Return in one word why one of so many ranks ends, and the exit status that goes with it."""
     if isinstance(error, UserError):
         status = status_of(error)
         return ("stopped" if status == Exit.PREEMPTED else "mistake"), status
     if isinstance(error, KeyboardInterrupt):
         return "stopped", Exit.INTERRUPTED
-    return ("peer" if is_of_a_peer(error) else "error"), Exit.DEFECT
+    return ("peer" if world_size > 1 and is_of_a_peer(error) else "error"), Exit.DEFECT

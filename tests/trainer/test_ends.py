@@ -113,6 +113,7 @@ def test_what_a_launcher_prints_has_the_traceback_before_the_reason() -> None:
         (ConnectionResetError("Connection reset by peer"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (KeyError("gloo/"), False),
+        (BrokenPipeError("Broken pipe"), False),
     ],
 )
 def test_errors_that_only_say_that_a_peer_has_gone_are_known(
@@ -134,7 +135,11 @@ def test_errors_that_only_say_that_a_peer_has_gone_are_known(
 def test_every_error_has_its_kind_and_status(
     error: BaseException, expected: tuple[Kind, Exit]
 ) -> None:
-    assert judge(error) == expected
+    assert judge(error, 2) == expected
+
+
+def test_a_process_that_is_alone_has_no_peers() -> None:
+    assert judge(RuntimeError(GLOO), 1) == ("error", Exit.DEFECT)
 
 
 def test_a_message_that_a_launcher_will_print_is_not_printed_twice(
