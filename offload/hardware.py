@@ -23,6 +23,8 @@ from pydantic import (
     ValidationError,
 )
 
+from interlace.offload.control_group import group_memory
+
 PEAK_BF16_FLOPS = {
     "A100": 312e12,
     "A10G": 70e12,
@@ -242,8 +244,9 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype, trials: int =
 
 
 def host_memory_bytes() -> int:
-    """Return the physical memory of this host in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the memory of this host in bytes: the physical one, or what control groups grant."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([physical, *(group.limit for group in group_memory())])
 
 
 def resident_bytes() -> int:

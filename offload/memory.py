@@ -7,6 +7,7 @@ pages lie on their NUMA node), and then registered with CUDA.
 """
 
 import mmap
+import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from interlace.offload.control_group import group_memory
 from interlace.offload.cores import CpuPool
 from interlace.offload.hardware import host_memory_bytes
 from interlace.offload.schedule import MemoryShortage
@@ -25,25 +27,19 @@ HOST_SHARE = 0.9
 def available_host_bytes() -> int:
     """Return the host memory that could be allocated now without swapping, in bytes.
 
-    The smaller of what the kernel calls available and what this process' control group leaves.
+    The smallest of what the kernel calls available, what the control groups of this process leave
+    it, and what its limit of addresses (`ulimit -v`) does.
     """
     available = host_memory_bytes()
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             available = 1024 * int(line.split()[1])
-    limit, used = (read_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit is not None and used is not None:
-        available = min(available, limit - used)
-    return available
-
-
-def read_number(path: str) -> int | None:
-    """Return the number that a kernel file holds, or None if it has none."""
-    try:
-        text = Path(path).read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+    left = [group.limit - group.used for group in group_memory()]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        left.append(limit - pages * resource.getpagesize())
+    return max(0, min(available, *left)) if left else available
 
 
 def available_device_bytes(device: torch.device) -> int:
