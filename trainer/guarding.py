@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from interlace.trainer.checkpoint.state import Progress
-from interlace.trainer.data.gaps import batch_of
+from interlace.trainer.data.gaps import batch_of, gap_text, with_gap
 from interlace.trainer.errors import NumericsError
 from interlace.trainer.evidence import save_evidence
 from interlace.trainer.guards.integrity import Integrity
@@ -87,8 +87,7 @@ class Guarding:
         """Return the setting that leaves out what steps, from 1, took, and what is left out now."""
         gaps = self.parts.batches.training.gaps
         first, last = (batch_of(step - 1, gaps) + 1 for step in (steps[0], steps[-1]))
-        now = self.parts.config.data.skip_batches
-        return f"data.skip_batches={now}{',' if now else ''}{first}:{last + 1}"
+        return f"data.skip_batches={gap_text(with_gap(gaps, first, last + 1))}"
 
     def report_bad_step(self, step: int, count: int, loss: float, norm: float) -> None:
         """Tell of a step that is not finite, before its update where there is one; stop the run

@@ -7,16 +7,16 @@ from interlace.trainer.data.gaps import parse_gaps
 
 
 def gaps_go_forward(config: RunConfig) -> str | None:
-    """Gaps are not empty, come in order, and do not touch."""
+    """Gaps are not empty, come in order, and do not overlap."""
     text, before = config.data.skip_batches, 1
     for first, last in parse_gaps(text):
         if not before <= first < last:
             return (
                 f"data.skip_batches={text}: {first}:{last} holds no batch, or begins before "
-                f"batch {before}; type spans as first:last, from 1, in order and apart, such as "
+                f"batch {before}; type spans as first:last, from 1, in order, such as "
                 f"data.skip_batches={max(first, before)}:{max(first, before) + 200}"
             )
-        before = last + 1
+        before = last
     return None
 
 

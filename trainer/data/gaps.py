@@ -7,13 +7,29 @@ the order of rows is, so a checkpoint stores nothing of it.
 """
 
 Gaps = tuple[tuple[int, int], ...]
-"""First batch left out and the first one after it, of every gap, from 1, ascending and apart."""
+"""First batch left out and the first one after it, of every gap, from 1, in ascending order."""
 
 
 def parse_gaps(text: str) -> Gaps:
     """Return the gaps that `first:last,first:last` names, the last of each not included."""
     spans = [span.split(":") for span in text.split(",")] if text else []
     return tuple((int(first), int(last)) for first, last in spans)
+
+
+def gap_text(gaps: Gaps) -> str:
+    """Return the text that `parse_gaps` makes these gaps of."""
+    return ",".join(f"{first}:{last}" for first, last in gaps)
+
+
+def with_gap(gaps: Gaps, first: int, last: int) -> Gaps:
+    """Return gaps that leave out these batches as well; what overlaps or touches becomes one."""
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted((*gaps, (first, last))):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((begin, end))
+    return tuple(merged)
 
 
 def batch_of(step: int, gaps: Gaps) -> int:

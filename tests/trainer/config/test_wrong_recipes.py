@@ -42,10 +42,10 @@ WRONG_OVERRIDES = {
     "checkpoint.zzz=1": "checkpoint.zzz=1: there is no such setting; settings of [checkpoint]: "
     "every_steps, keep_last, keep_every_steps",
     "data.skip_batches=9:5": "data.skip_batches=9:5: 9:5 holds no batch, or begins before batch 1; "
-    "type spans as first:last, from 1, in order and apart, such as data.skip_batches=9:209",
-    "data.skip_batches=5:9,9:12": "data.skip_batches=5:9,9:12: 9:12 holds no batch, or begins "
-    "before batch 10; type spans as first:last, from 1, in order and apart, such as "
-    "data.skip_batches=10:210",
+    "type spans as first:last, from 1, in order, such as data.skip_batches=9:209",
+    "data.skip_batches=5:9,8:12": "data.skip_batches=5:9,8:12: 8:12 holds no batch, or begins "
+    "before batch 9; type spans as first:last, from 1, in order, such as "
+    "data.skip_batches=9:209",
     "run.branch_of=runs/old": "run.branch_of=runs/old: which of its checkpoints does this run go "
     "on from? Type run.branch_step=STEP as well",
     "run.branch_step=5": "run.branch_step=5: of which run? Type run.branch_of=RUN as well, or "

@@ -6,18 +6,35 @@ import pytest
 
 from interlace.trainer.branching import check_gaps
 from interlace.trainer.config import load_recipe
-from interlace.trainer.data.gaps import batch_of, parse_gaps
+from interlace.trainer.data.gaps import batch_of, gap_text, parse_gaps, with_gap
 from interlace.trainer.data.prepare import prepare
 from interlace.trainer.data.rows import TrainingRows
 from interlace.trainer.errors import ConfigError
 
 
-@pytest.mark.parametrize("text", ["", "1:4", "7:9", "1:2,5:11,12:13"])
+@pytest.mark.parametrize("text", ["", "1:4", "7:9", "1:2,5:11,12:13", "2:4,4:5"])
 def test_all_other_batches_come_once_and_in_order(text: str) -> None:
     gaps = parse_gaps(text)
     left_out = {number - 1 for first, last in gaps for number in range(first, last)}
     expected = [batch for batch in range(50) if batch not in left_out]
     assert [batch_of(step, gaps) for step in range(len(expected))] == expected
+
+
+@pytest.mark.parametrize(
+    ("gap", "text"),
+    [
+        ((1, 2), "1:2,5:8,20:30"),
+        ((8, 9), "5:9,20:30"),
+        ((3, 25), "3:30"),
+        ((40, 50), "5:8,20:30,40:50"),
+    ],
+)
+def test_another_gap_leaves_out_what_it_says_and_what_was_left_out(
+    gap: tuple[int, int], text: str
+) -> None:
+    before = parse_gaps("5:8,20:30")
+    assert gap_text(with_gap(before, *gap)) == text
+    assert parse_gaps(text) == with_gap(before, *gap)
 
 
 def test_rows_of_a_run_with_a_gap_are_those_of_the_run_without_it_but_for_the_gap(
