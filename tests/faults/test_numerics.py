@@ -123,6 +123,7 @@ def test_f2_nan_again_and_again_stops_the_run_and_one_process_finds_the_first_ag
 SPIKES = ("guard.spike_sigmas=8.0", "guard.spike_window=12")
 
 
+@pytest.mark.faults
 def test_f3_a_spike_on_one_rank_is_skipped_on_all(
     tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +287,7 @@ def test_f5_a_mantissa_bit_that_flips_during_a_repetition_is_found_though_the_lo
     assert CheckpointStore(tmp_path / "run" / "checkpoints").committed_steps() == [5]
 
 
+@pytest.mark.faults
 def test_f6_a_bit_that_flips_in_idle_state_of_one_rank_is_found_and_named_before_a_save(
     tiny: Sequence[str], tmp_path: Path
 ) -> None:
