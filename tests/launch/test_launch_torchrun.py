@@ -109,7 +109,11 @@ def test_after_a_rank_was_killed_all_start_again_and_the_losses_are_the_same(
     words = (*tiny, *SHORT, f"run.dir={run}", "--nproc", "2")
     with launched(*words, cwd=tmp_path) as process:
         wait_until(lambda: bool(committed(run)), process)
-        os.kill(ranks_of_run(words)[1], signal.SIGKILL)
+        ranks = ranks_of_run(words)
+        first, second = (os.sched_getaffinity(rank) for rank in ranks)
+        # Each has its own cores, where there are two.
+        assert not first & second or len(os.sched_getaffinity(0)) < 2
+        os.kill(ranks[1], signal.SIGKILL)
         said, _ = process.communicate(timeout=200)
         assert process.returncode == 0, said
     assert "rank 1: ended without a word" in said
@@ -138,18 +142,6 @@ def test_sigterm_reaches_every_rank_once_and_the_run_goes_on_later(
     more = interlace("launch", "torchrun", "--resume", str(run), "--nproc", "2")
     assert more.returncode == 0, more.stderr
     assert losses_of(run) == losses_of(straight)
-
-
-def test_ranks_save_and_leave_when_their_launcher_is_killed(
-    tiny: Sequence[str], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    words = (*tiny, "train.steps=100000", f"run.dir={run}", "--nproc", "2")
-    with launched(*words, cwd=tmp_path) as process:
-        wait_until(lambda: bool(committed(run)), process)
-        process.kill()
-        wait_until(lambda: not ranks_of_run(words))
-        assert committed(run)[-1] % 5 or committed(run)[-1] < 100000
 
 
 def test_a_mistake_is_told_once_and_not_repeated(
