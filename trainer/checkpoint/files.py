@@ -1,8 +1,10 @@
 """Files that are complete or absent, even after a power cut, and errors of the disk in plain words.
 
-A file is written under a temporary name, hashed on the way, flushed, fsynced at its final size, and
-only then given its name. Its name survives a power cut once the folder is fsynced as well, which
-the committer does once for all files. Reading opens regular files only and never follows a link.
+A file is written under a temporary name, hashed, flushed, fsynced at its final size, and only then
+given its name. It is hashed as it is read back from the system's memory, before it goes to the
+disk: whoever waits for its contents to be taken waits for a copy and not for the digest. Its name
+survives a power cut once the folder is fsynced as well, which the committer does once for all
+files. Reading opens regular files only and never follows a link.
 """
 
 import errno
@@ -14,6 +16,7 @@ import stat
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from interlace.trainer.checkpoint.failpoints import failpoint
 from interlace.trainer.checkpoint.manifest import FileRecord
@@ -78,13 +81,15 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview], stage: str) 
     """Do the work of `write_file` for the failpoints `stage`.*, leaving `OSError` as it is."""
     partial = path.with_name(f".{path.name}.partial")
     # New: another writer of the same name is a defect; its half-written file must not be touched.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     descriptor = os.open(partial, flags, PRIVATE_FILE)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "w+b") as file:
             failpoint(f"{stage}.open")
-            record = _copy(path.name, chunks, file, f"{stage}.half")
+            size = _copy(chunks, file, f"{stage}.half")
             file.flush()
+            file.seek(0)
+            record = FileRecord(path.name, size, hashlib.file_digest(file, "sha256").hexdigest())
             failpoint(f"{stage}.pre_fsync")
             os.fsync(file.fileno())
         if os.path.lexists(path):
@@ -98,10 +103,8 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview], stage: str) 
     return record
 
 
-def _copy(
-    name: str, chunks: Iterable[bytes | memoryview], file: io.BufferedWriter, halfway: str
-) -> FileRecord:
-    digest = hashlib.sha256()
+def _copy(chunks: Iterable[bytes | memoryview], file: BinaryIO, halfway: str) -> int:
+    """Write all chunks; return their size in bytes."""
     size = 0
     for chunk in chunks:
         view = memoryview(chunk)
@@ -112,9 +115,8 @@ def _copy(
         file.write(view[: view.nbytes // 2])
         failpoint(halfway)
         file.write(view[view.nbytes // 2 :])
-        digest.update(view)
         size += view.nbytes
-    return FileRecord(name, size, digest.hexdigest())
+    return size
 
 
 def open_regular(path: Path) -> io.BufferedReader:
