@@ -29,6 +29,7 @@ from interlace.trainer.data.tokenizers import load_tokenizer
 from interlace.trainer.diagnostics import diagnostics_of
 from interlace.trainer.errors import CheckpointError, ConfigError
 from interlace.trainer.heartbeat import Heartbeat
+from interlace.trainer.host_needs import require_host_memory
 from interlace.trainer.models.model import Model
 from interlace.trainer.mup.manifest import MANIFEST_NAME, Manifest, differences, manifest_of
 from interlace.trainer.mup.parametrise import parametrise
@@ -150,6 +151,7 @@ def assemble(
     plan = resolve(config, setting)
     if plan.offload.impossible:
         raise ConfigError(plan.offload.impossible)
+    world.on_main(lambda: require_host_memory(config, plan))
     check_attention(config, world.device, plan.microbatch_rows)
     training, validation = TrainingRows(corpus, config), ValidationRows(corpus, config)
     torch.manual_seed(config.run.seed + world.rank)

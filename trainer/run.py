@@ -27,6 +27,7 @@ from interlace.trainer.guarding import Guarding
 from interlace.trainer.objectives import Loss
 from interlace.trainer.observe.console import Console, is_logged
 from interlace.trainer.observe.expert_load import describe_loads
+from interlace.trainer.observe.memory_watch import MemoryWatch
 from interlace.trainer.observe.metrics import Histogram, MetricsWriter, StepRecord
 from interlace.trainer.optimizer import check_rates, set_learning_rate
 from interlace.trainer.parts import Parts
@@ -77,6 +78,7 @@ class Run:
         self.guarding = Guarding(parts, console)
         self.heartbeat = parts.heartbeat
         self.stragglers = Stragglers(parts.world.size, parts.config.watchdog.straggler_factor)
+        self.memory = MemoryWatch(console.note)
         self.last_validation_loss: float | None = None
         self.notes = StepNotes()
         for diagnostic in parts.diagnostics:
@@ -208,6 +210,8 @@ class Run:
         self.metrics.write_histograms(self.notes.histograms, record.step)
         self.metrics.write_of_tensors(self.notes.of_tensors, record.step)
         self.console.step(record)
+        if is_logged(record.step, self.plan.steps, self.parts.config.observe.log_every_steps):
+            self.memory.look()
 
     def record(self) -> StepRecord:
         """Return what is known of the finished step."""

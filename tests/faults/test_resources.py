@@ -16,11 +16,17 @@ import torch
 from tiny_run import config_of, train_here
 
 from interlace.launch.launchers.supervising import Budget
+from interlace.offload.control_group import group_memory
 from interlace.offload.schedule import MemoryShortage
+from interlace.trainer import host_needs as host_needs_module
+from interlace.trainer.assembly import open_run
 from interlace.trainer.checkpoint import CheckpointStore
 from interlace.trainer.errors import ConfigError, MemoryShort
 from interlace.trainer.exits import Exit, status_of
+from interlace.trainer.host_needs import host_needs, require_host_memory
 from interlace.trainer.memory_short import memory_in_words
+from interlace.trainer.observe import memory_watch as memory_watch_module
+from interlace.trainer.observe.memory_watch import MemoryWatch
 from interlace.trainer.world import World
 
 TOO_MUCH = 2**55
@@ -161,3 +167,122 @@ def test_c5_the_same_shortage_twice_is_not_tried_again() -> None:
     assert budget.pause(10, Exit.MEMORY) is not None
     assert budget.pause(15, Exit.MEMORY) is not None
     assert budget.pause(15, Exit.MEMORY) is None
+
+
+BIG = ("model.width=2048", "model.layers=24", "model.heads=16", "model.kv_heads=16")
+
+
+def limited_to(gib: float, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run `interlace WORDS...` with so many GiB of addresses."""
+    command = [sys.executable, "-m", "interlace.launch.cli", *words]
+    limit = f'ulimit -v {int(gib * 2**20)}; exec "$@"'
+    return subprocess.run(
+        ["bash", "-c", limit, "bash", *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("strategy", ["none", "host"])
+def test_c4_a_run_that_cannot_fit_is_refused_with_its_bytes_and_takes_none(
+    strategy: str, tiny: Sequence[str], tmp_path: Path
+) -> None:
+    done = limited_to(
+        6, "train", *tiny, *BIG, f"run.dir={tmp_path / 'run'}", f"offload.strategy={strategy}"
+    )
+    assert done.returncode == Exit.MEMORY, done.stderr[-2000:]
+    assert "interlace: host memory: a rank of this run needs " in done.stderr
+    for kind in ("weights", "optimizer state", "copies for checkpoints", "the largest tensor"):
+        assert kind in done.stderr
+    assert "checkpoint.asynchronous=false" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_c4_the_copies_of_a_checkpoint_and_reading_one_count(
+    tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tiny, tmp_path / "run", "checkpoint.copy_budget_gib=0.0001")
+    with open_run(config, World()) as run:
+        plan = run.plan
+        needs = host_needs(config, plan)
+        state = sum(tensor.nbytes for tensor in run.parts.state.tensors().values())
+    # fp32 on a CPU: what a checkpoint holds, less the counters of steps, and the gradients.
+    held = needs["weights"] + needs["optimizer state"]
+    gradients = 4 * plan.parameters
+    assert held - gradients == pytest.approx(state, rel=0.01)
+    assert needs["copies for checkpoints"] == int(0.0001 * 2**30)
+    assert needs["the largest tensor while a checkpoint is read"] == 4 * 257 * 32
+    for spare, fits in ((-1, False), (0, True)):
+        there = sum(needs.values()) + spare
+        monkeypatch.setattr(host_needs_module, "available_host_bytes", lambda there=there: there)
+        if fits:
+            require_host_memory(config, plan)
+        else:
+            with pytest.raises(MemoryShort, match="are left on"):
+                require_host_memory(config, plan)
+
+
+def test_c4_ranks_of_one_host_share_its_memory(
+    tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tiny, tmp_path / "run")
+    with open_run(config, World()) as run:
+        plan = run.plan.model_copy(update={"ranks_per_host": 4})
+    there = 3 * sum(host_needs(config, plan).values())
+    monkeypatch.setattr(host_needs_module, "available_host_bytes", lambda: there)
+    with pytest.raises(MemoryShort, match="and of its 4 ranks"):
+        require_host_memory(config, plan)
+
+
+def group(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("_", ".", 1)).write_text(text, encoding="ascii")
+
+
+def test_c4_limits_of_every_group_above_the_own_one_count(tmp_path: Path) -> None:
+    root, membership = tmp_path / "cgroup", tmp_path / "membership"
+    own = root / "slurm" / "job" / "step"
+    group(own, memory_max="max\n", memory_current="10\n")
+    group(own.parent, memory_max="1000\n", memory_current="600\n")
+    group(own.parent, memory_stat="anon 100\ninactive_file 250\nactive_file 50\n")
+    group(root / "slurm", memory_max="5000\n", memory_current="4900\n")
+    membership.write_text("1:name=systemd:/x\n0::/slurm/job/step\n", encoding="ascii")
+    assert group_memory(root, membership) == [(1000, 350), (5000, 4900)]
+
+
+def test_c4_groups_of_the_older_kind_count_and_a_mount_inside_a_container_too(
+    tmp_path: Path,
+) -> None:
+    root, membership = tmp_path / "cgroup", tmp_path / "membership"
+    folder = root / "memory"
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text("3000\n", encoding="ascii")
+    (folder / "memory.usage_in_bytes").write_text("2000\n", encoding="ascii")
+    (folder / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 500\n")
+    # The path is that of the host, which is not to be seen from inside.
+    membership.write_text("4:cpu,memory:/docker/0a1b\n", encoding="ascii")
+    assert group_memory(root, membership) == [(3000, 1500)]
+    assert group_memory(root, tmp_path / "none") == []
+
+
+def test_c4_memory_that_gets_short_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    watch = MemoryWatch(said.append)
+    for left in (10 * 2**30, 6 * 2**30, 4 * 2**30, 2**30):
+        monkeypatch.setattr(memory_watch_module, "available_host_bytes", lambda left=left: left)
+        monkeypatch.setattr(memory_watch_module, "host_memory_bytes", lambda: 100 * 2**30)
+        watch.look()
+    assert len(said) == 1
+    assert said[0].startswith("host memory gets short: 4.0 GiB of 100.0 GiB are left.")
+
+
+def test_c4_a_run_looks_at_the_memory_of_its_host(
+    tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_watch_module, "SHORT_SHARE", 1.0)
+    said = train_here(tiny, tmp_path / "run", "train.steps=3", "observe.log_every_steps=1")
+    assert said.count("host memory gets short") == 1
