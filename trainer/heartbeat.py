@@ -1,6 +1,6 @@
 """The pulse of one rank: which phase of which step it is in, in 48 bytes of shared memory.
 
-A rank marks every phase that it enters with one call, which costs about a microsecond. Its watcher
+A rank marks every phase that it enters with one call, which costs a few microseconds. Its watcher
 (`interlace.trainer.watchdog`), a process of its own, maps the same memory and needs nothing from
 the rank to read it: no lock, no interpreter, no disk. The memory has no name in any file system, so
 nothing is left behind whoever is killed, and a storage that hangs does not stop the pulse.
@@ -15,7 +15,7 @@ import os
 import struct
 import tempfile
 import time
-from dataclasses import dataclass
+from typing import NamedTuple
 
 ORDINARY = frozenset(
     {"data", "forward", "backward", "exchange", "norm", "update", "diagnose", "observe"}
@@ -36,8 +36,7 @@ _LAYOUT = struct.Struct("<QQqB15sQ")
 PULSE_BYTES = _LAYOUT.size
 
 
-@dataclass(frozen=True)
-class Pulse:
+class Pulse(NamedTuple):
     """What a rank has told last.
 
     Attributes:
