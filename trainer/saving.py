@@ -196,6 +196,7 @@ class Saving:
             if stops or not waiting:
                 return not stops
             self.parts.heartbeat.beat()
+            self.parts.heartbeat.beat()
             time.sleep(min(LOOK_SECONDS, seconds))
 
     # ---- the end ------------------------------------------------------------------------------

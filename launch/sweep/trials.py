@@ -28,7 +28,16 @@ SOURCES = ("kernels", "offload", "trainer")
 
 WITHOUT_EFFECT = {
     "data": ("prepared_dir", "workers"),
-    "checkpoint": ("keep_last", "keep_every_steps"),
+    "checkpoint": (
+        "hours_between_failures",
+        "asynchronous",
+        "copy_budget_gib",
+        "tries",
+        "retry_seconds",
+        "notice_seconds",
+        "keep_last",
+        "keep_every_steps",
+    ),
     "observe": (
         "log_every_steps",
         "trace_steps",
@@ -114,7 +123,7 @@ class Space:
         tables["mup"] |= {"enabled": scaled, "base_width": self.base_width if scaled else None}
         if not scaled:
             tables["mup"] |= {"without": []}
-        tables["checkpoint"] |= {"every_steps": 0}
+        tables["checkpoint"] |= {"every": "steps", "every_steps": 0}
         tables["observe"] |= {"sample_tokens": 0, "trace_steps": None}
         return validate(tables)
 

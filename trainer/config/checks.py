@@ -10,6 +10,7 @@ from typing import cast
 
 from pydantic import ValidationError
 
+from interlace.trainer.config.checkpoint_checks import kept_steps_are_saved
 from interlace.trainer.config.clip_checks import (
     clipped_sgd_clips,
     nesterov_has_momentum,
@@ -337,6 +338,7 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     quantile_is_of_what_is_clipped,
     clipped_sgd_clips,
     nesterov_has_momentum,
+    kept_steps_are_saved,
     stride_has_its_strategy,
     trace_span_is_not_empty,
     trace_span_is_reached,

@@ -40,7 +40,8 @@ WRONG_OVERRIDES = {
     "modle.width=64": f"modle: there is no such section; did you mean model?; the sections are "
     f"{SECTIONS}",
     "checkpoint.zzz=1": "checkpoint.zzz=1: there is no such setting; settings of [checkpoint]: "
-    "every_steps, keep_last, keep_every_steps",
+    "every, every_steps, hours_between_failures, asynchronous, copy_budget_gib, tries, "
+    "retry_seconds, notice_seconds, keep_last, keep_every_steps",
     "data.skip_batches=9:5": "data.skip_batches=9:5: 9:5 holds no batch, or begins before batch 1; "
     "type spans as first:last, from 1, in order, such as data.skip_batches=9:209",
     "data.skip_batches=5:9,8:12": "data.skip_batches=5:9,8:12: 8:12 holds no batch, or begins "
@@ -212,6 +213,9 @@ WRONG_OVERRIDES = {
     "on a CPU); type train.compute_dtype=bfloat16",
     "checkpoint.keep_last=0": "checkpoint.keep_last=0: must be 1 or more (Newest checkpoints that "
     "stay); the default is checkpoint.keep_last=2",
+    "checkpoint.every=auto checkpoint.keep_every_steps=50": "checkpoint.keep_every_steps=50: "
+    "checkpoint.every=auto saves when the time has come, at a multiple of that only by chance, so "
+    "none would stay for good; type checkpoint.keep_every_steps=0 or checkpoint.every=steps",
     "run.seed=-1": "run.seed=-1: must be 0 or more (Seed of the initial weights, the data order "
     "and the samples); the default is run.seed=0",
     "steps=10": "'steps=10': not an override; write it as section.key=value, as in train.steps=100",
