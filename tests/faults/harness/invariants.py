@@ -84,7 +84,9 @@ def resumptions(drill: Drill) -> Iterator[str]:
 def left_over(drill: Drill) -> Iterator[str]:
     """I5: processes that know the drill's folder, and files that nobody will look for."""
     yield from (f"temporary file {path}" for path in drill.temporary.iterdir())
-    yield from (f"unfinished file {path}" for path in drill.run.rglob("*.partial"))
+    if not any(rank.code for rank in drill.attempts[-1].ranks):
+        # What a killed start leaves in inflight/, the next one removes.
+        yield from (f"unfinished file {path}" for path in drill.run.rglob("*.partial"))
     deadline = time.monotonic() + ORPHAN_SECONDS
     while (orphans := list(processes_of(drill))) and time.monotonic() < deadline:
         time.sleep(0.05)
