@@ -140,19 +140,7 @@ def assemble(
     # The corpus is tokenised and the machine measured with all cores; from here on each rank has
     # its own.
     bind_rank(world.device)
-    setting = Setting(
-        world_size=world.size,
-        device_type=world.device.type,
-        vocabulary_size=corpus.index.vocabulary_size,
-        corpus_tokens=corpus.tokens("train"),
-        hardware=hardware,
-        ranks_per_host=local_ranks(),
-    )
-    plan = resolve(config, setting)
-    if plan.offload.impossible:
-        raise ConfigError(plan.offload.impossible)
-    world.on_main(lambda: require_host_memory(config, plan))
-    check_attention(config, world.device, plan.microbatch_rows)
+    plan = possible_plan(config, world, corpus, hardware)
     training, validation = TrainingRows(corpus, config), ValidationRows(corpus, config)
     torch.manual_seed(config.run.seed + world.rank)
     objective = objective_of(config)(config, plan, world)
@@ -167,13 +155,7 @@ def assemble(
     progress, notes = restore(folder, attempt, state, corpus, manifest)
     if world.is_main:
         folder.store.require_live(attempt)
-        notes += keep_plugins(folder.path, config.model.plugins)
-        environment = describe_environment(world.size)
-        if folder.resumes:
-            notes.append(contract_note(read_environment(folder.path), environment))
-        describe(folder.path, config, plan, corpus, environment)
-        if manifest.entries:
-            write_json(folder.path / MANIFEST_NAME, manifest.document)
+        notes += describe_start(folder, config, plan, corpus, manifest)
     batches = StepBatches(
         training=training,
         validation=validation,
@@ -202,6 +184,46 @@ def assemble(
     expected = [f"the plan expects trouble: {plan.offload.problem}"] if plan.offload.problem else []
     said = [f"run folder {folder.path}", *folder.notes, *beginning, *notes, *expected]
     return parts, progress, said
+
+
+def possible_plan(
+    config: RunConfig, world: World, corpus: PreparedCorpus, hardware: HardwareProfile
+) -> Plan:
+    """Return what will happen.
+
+    Raises:
+        ConfigError: It cannot: memory, or an attention that this device has not.
+    """
+    setting = Setting(
+        world_size=world.size,
+        device_type=world.device.type,
+        vocabulary_size=corpus.index.vocabulary_size,
+        corpus_tokens=corpus.tokens("train"),
+        hardware=hardware,
+        ranks_per_host=local_ranks(),
+    )
+    plan = resolve(config, setting)
+    if plan.offload.impossible:
+        raise ConfigError(plan.offload.impossible)
+    world.on_main(lambda: require_host_memory(config, plan))
+    check_attention(config, world.device, plan.microbatch_rows)
+    return plan
+
+
+def describe_start(
+    folder: RunFolder, config: RunConfig, plan: Plan, corpus: PreparedCorpus, manifest: Manifest
+) -> list[str]:
+    """Write what a run folder tells of itself before the first step; return notes for a person on
+    what has changed since the start before.
+    """
+    notes = keep_plugins(folder.path, config.model.plugins)
+    environment = describe_environment(plan.world_size)
+    if folder.resumes:
+        notes.append(contract_note(read_environment(folder.path), environment))
+    describe(folder.path, config, plan, corpus, environment)
+    if manifest.entries:
+        write_json(folder.path / MANIFEST_NAME, manifest.document)
+    return notes
 
 
 def hardware_for(config: RunConfig, world: World, dtype: torch.dtype) -> HardwareProfile:
