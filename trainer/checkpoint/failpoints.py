@@ -19,7 +19,8 @@ visit if VISIT is `*`. ACTION is one of
     nan       make the number here NaN (at `step.loss` only, as `spike`)
     spike     make the number here a hundred times what it is
 
-Tests hold what is left against the log of commits that INTERLACE_ACK_LOG names (`acknowledgements`).
+Tests hold what is left against the log of commits that INTERLACE_ACK_LOG names; see
+`acknowledgements`.
 
 INTERLACE_FAILPOINT_RANK limits it to the process whose RANK (0 if unset) is that number. There is
 no other way to arm a point, so a normal run cannot trip over one.

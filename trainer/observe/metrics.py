@@ -8,11 +8,14 @@ equal bits.
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
+
+from interlace.trainer.observe.patient_lines import PatientLines
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -149,24 +152,28 @@ class MetricsWriter:
         temporary = path.with_name(f".{METRICS_NAME}")
         temporary.write_text("".join(map(to_line, kept)), encoding="utf-8")
         temporary.replace(path)
-        self.file = path.open("a", encoding="utf-8", buffering=1)
+        self.lines = PatientLines(path)
         purge = resume_step + 1 if resume_step else None
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
 
     def write(self, record: StepRecord) -> None:
         """Append one step."""
-        self.file.write(to_line(record))
-        for key, tag in TENSORBOARD_TAGS.items():
-            value = getattr(record, key)
-            if value is not None:
-                self.board.add_scalar(tag, value, record.step)
-        for key, value in record.details.items():
-            self.board.add_scalar(DETAIL_TAG + key, value, record.step)
+        self.lines.write(to_line(record))
+        tagged = {tag: getattr(record, key) for key, tag in TENSORBOARD_TAGS.items()}
+        self.show({tag: value for tag, value in tagged.items() if value is not None}, record.step)
+        self.write_of_tensors(record.details, record.step)
+
+    def show(self, numbers: Mapping[str, float], step: int) -> None:
+        """Give TensorBoard numbers by tag, as long as the disk has room: it has shown enough then,
+        and the record is in `metrics.jsonl`.
+        """
+        with suppress(OSError):
+            for tag, value in numbers.items():
+                self.board.add_scalar(tag, value, step)
 
     def write_of_tensors(self, numbers: Mapping[str, float], step: int) -> None:
         """Show numbers of single tensors in TensorBoard, where a record would be too long."""
-        for name, value in numbers.items():
-            self.board.add_scalar(DETAIL_TAG + name, value, step)
+        self.show({DETAIL_TAG + name: value for name, value in numbers.items()}, step)
 
     def write_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
         """Give TensorBoard the histograms of one step, by name; those without counts it cannot
@@ -178,22 +185,24 @@ class MetricsWriter:
                 continue
             middles = [(low + high) / 2 for low, high in pairwise(edges)]
             pairs = list(zip(middles, counts, strict=True))
-            self.board.add_histogram_raw(
-                DETAIL_TAG + name,
-                min=edges[0],
-                max=edges[-1],
-                num=sum(counts),
-                sum=sum(middle * count for middle, count in pairs),
-                sum_squares=sum(middle**2 * count for middle, count in pairs),
-                bucket_limits=list(edges[1:]),
-                bucket_counts=list(counts),
-                global_step=step,
-            )
+            with suppress(OSError):
+                self.board.add_histogram_raw(
+                    DETAIL_TAG + name,
+                    min=edges[0],
+                    max=edges[-1],
+                    num=sum(counts),
+                    sum=sum(middle * count for middle, count in pairs),
+                    sum_squares=sum(middle**2 * count for middle, count in pairs),
+                    bucket_limits=list(edges[1:]),
+                    bucket_counts=list(counts),
+                    global_step=step,
+                )
 
     def close(self) -> None:
         """Flush and close both; may be called twice."""
-        self.file.close()
-        self.board.close()
+        self.lines.close()
+        with suppress(OSError):
+            self.board.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
