@@ -138,7 +138,8 @@ def add_torchrun(places: AddParser) -> None:
         "--node-rank",
         type=int,
         metavar="R",
-        help="this machine's number, for logs (default: in order of arrival)",
+        help="this machine's number, 0 for the one named by --rdzv, so that ranks are the same at "
+        "every start (default: in order of arrival)",
     )
     torchrun.add_argument(
         "--max-restarts",

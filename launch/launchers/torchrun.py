@@ -32,7 +32,7 @@ class Ranks:
         run: The run.
         per_node: Ranks of this machine.
         nodes: Machines.
-        node_rank: This one's number; None leaves it to the rendezvous.
+        node_rank: This one's number, the machine where they meet being 0; None leaves it to them.
         meeting: Host and first port where several machines meet; None for one.
     """
 
@@ -49,14 +49,12 @@ class Ranks:
             words += ["--standalone", "--local-addr=127.0.0.1"]
         else:
             host, port = self.meeting
-            words += [
-                f"--nnodes={self.nodes}",
-                "--rdzv-backend=c10d",
-                f"--rdzv-endpoint={host}:{port + attempt % PORTS}",
-                f"--rdzv-id={self.run.folder.name}-{attempt}",
-            ]
-            if self.node_rank is not None:
-                words.append(f"--node-rank={self.node_rank}")
+            place = f"{host}:{port + attempt % PORTS}"
+            words += [f"--nnodes={self.nodes}", f"--rdzv-endpoint={place}"]
+            words.append(f"--rdzv-id={self.run.folder.name}-{attempt}")
+            # Without numbers ranks are in the order in which machines arrive.
+            numbered = ["--rdzv-backend=static", f"--node-rank={self.node_rank}"]
+            words += ["--rdzv-backend=c10d"] if self.node_rank is None else numbered
         return [*words, "-m", RANK_MODULE, *self.run.words]
 
     def environment(self, attempt: int) -> Mapping[str, str]:
@@ -87,7 +85,8 @@ class Ranks:
 def launch_torchrun(arguments: Namespace, recipe: Recipe) -> int:
     """Start ranks, and start them again while that may help; return the exit status."""
     ranks = ranks_of(arguments, recipe)
-    say(f"{ranks.per_node} ranks on this machine, run folder {ranks.run.folder}")
+    many = "1 rank" if ranks.per_node == 1 else f"{ranks.per_node} ranks"
+    say(f"{many} on this machine, run folder {ranks.run.folder}")
     return supervise(ranks.start, ranks.run.folder, arguments.max_restarts)
 
 

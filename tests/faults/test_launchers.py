@@ -110,7 +110,7 @@ def test_e1_when_a_rank_of_one_machine_is_killed_the_launchers_of_both_start_aga
     assert losses_of(run) == losses_of(straight)
     again = [re.findall(r"start 1 of 3 from step (\d+)", text) for text in said]
     assert again[0] == again[1] != [], said
-    assert not any("Traceback" in text for text in said), said
+    assert not any("Traceback" in text for text in said), "\n---\n".join(said)
     record_fault("rank killed on one of two machines", taken - int(again[0][0]), recovered)
 
 

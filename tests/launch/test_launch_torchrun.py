@@ -178,13 +178,16 @@ def test_machines_meet_at_another_port_at_every_start(tmp_path: Path) -> None:
     assert words[:5] == [
         "--nproc-per-node=4",
         "--nnodes=2",
-        "--rdzv-backend=c10d",
         "--rdzv-endpoint=node1:2901",
         "--rdzv-id=x-1",
+        "--rdzv-backend=c10d",
     ]
     assert words[5:] == ["-m", "interlace.launch.torchrun", "quickstart", *words[8:]]
     assert words[-1] == f"run.dir={tmp_path}/x"
     assert PORTS == 16
+    more = ("--nnodes", "2", "--rdzv", "node1:2900", "--node-rank", "1")
+    numbered = wanted(f"run.dir={tmp_path}/x", "--nproc", "4", *more)
+    assert numbered[4:6] == ["--rdzv-backend=static", "--node-rank=1"]
 
 
 @pytest.mark.parametrize(
