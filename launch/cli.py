@@ -17,7 +17,7 @@ from typing import NoReturn
 from interlace.launch.launchers.parser import add_launch
 from interlace.launch.mup.parser import add_mup
 from interlace.launch.sweep.parser import add_sweep
-from interlace.trainer.ends import is_of_a_peer, is_told_later
+from interlace.trainer.ends import is_of_a_peer, is_told_by_rank_0, is_told_later
 from interlace.trainer.errors import UserError
 from interlace.trainer.exits import Exit, status_of
 
@@ -420,7 +420,7 @@ def guarded(action: Callable[[], int]) -> int:
     try:
         return action()
     except UserError as error:
-        if main_rank and not is_told_later(error):
+        if not is_told_later(error) and (main_rank or not is_told_by_rank_0(error)):
             print(f"interlace: {error}", file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt:

@@ -30,6 +30,7 @@ CONSEQUENCES = frozenset({"peer", "waiting"})
 LAUNCHER_VARIABLE = "INTERLACE_LAUNCHER"
 """Set by a launcher that prints `first_failure` itself when all ranks have ended."""
 
+_ALIKE_WITHIN = 3.0
 _RECORDED = "recorded in "
 _ATTEMPT = re.compile(r"attempt-([1-9][0-9]*)")
 _RANK = re.compile(r"rank-[0-9]+\.json")
@@ -177,11 +178,30 @@ def mark_recorded(error: BaseException, path: Path) -> None:
     error.add_note(f"{_RECORDED}{path}")
 
 
+def record_of(error: BaseException) -> Path | None:
+    """Return where an error is written; None if it is not."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    found = [note for note in notes if note.startswith(_RECORDED)]
+    return Path(found[0].removeprefix(_RECORDED)) if found else None
+
+
 def is_told_later(error: BaseException) -> bool:
     """Whether an error is on record and a launcher is there who will print the first of them."""
-    notes: list[str] = getattr(error, "__notes__", [])
-    recorded = any(note.startswith(_RECORDED) for note in notes)
-    return recorded and bool(os.environ.get(LAUNCHER_VARIABLE))
+    return record_of(error) is not None and bool(os.environ.get(LAUNCHER_VARIABLE))
+
+
+def is_told_by_rank_0(error: BaseException) -> bool:
+    """Whether rank 0 ends for the same reason as this rank, and will tell; waits a moment to see.
+
+    What is not on record was raised before the attempt began, by all ranks together.
+    """
+    path = record_of(error)
+    if path is None:
+        return True
+    first, end = path.with_name("rank-0.json"), time.monotonic() + _ALIKE_WITHIN
+    while not first.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    return (read_document(first) or {}).get("reason") == str(error)
 
 
 def readable_traceback(error: BaseException) -> str:

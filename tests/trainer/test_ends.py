@@ -157,6 +157,28 @@ def test_a_message_that_a_launcher_will_print_is_not_printed_twice(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("reason", "lines"), [("too many", 0), ("another reason", 1), (None, 1)])
+def test_another_rank_tells_its_reason_unless_rank_0_has_the_same(
+    reason: str | None,
+    lines: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("interlace.trainer.ends._ALIKE_WITHIN", 0.1)
+    monkeypatch.setenv("RANK", "1")
+    if reason is not None:
+        leave(tmp_path, end(0, "mistake", 1.0, reason=reason))
+
+    def fail() -> int:
+        error = NumericsError("too many")
+        mark_recorded(error, ends_folder(tmp_path, 1) / "rank-1.json")
+        raise error
+
+    assert guarded(fail) == Exit.NUMERICS
+    assert len(capsys.readouterr().err.splitlines()) == lines
+
+
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
 def test_of_a_peer_s_end_rank_0_says_one_line_and_others_nothing(
     rank: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
