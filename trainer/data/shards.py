@@ -168,9 +168,15 @@ def read_corpus(folder: Path) -> PreparedCorpus:
 
 
 class TokenStream:
-    """The tokens of one split of one source, all shards joined, memory-mapped."""
+    """The tokens of one split of one source, all shards joined, memory-mapped.
+
+    Digests were checked when the run began. What is read later is what lies there then, so a file
+    that has another size or time by that time is not read.
+    """
 
     def __init__(self, corpus: PreparedCorpus, split: Split) -> None:
+        self.paths = [corpus.folder / shard.file for shard in split.shards]
+        self.fingerprints = [fingerprint_of(path) for path in self.paths]
         self.maps = [
             np.memmap(
                 corpus.folder / shard.file,
@@ -185,13 +191,47 @@ class TokenStream:
         return self.starts[-1]
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return the tokens of a range, which may cross shards."""
-        parts = [
-            part[max(0, start - first) : stop - first]
-            for part, first in zip(self.maps, self.starts, strict=False)
+        """Return the tokens of a range, which may cross shards.
+
+        Raises:
+            DataError: A shard changed since it was opened.
+        """
+        touched = [
+            number
+            for number, (part, first) in enumerate(zip(self.maps, self.starts, strict=False))
             if first < stop and first + len(part) > start
         ]
+        for number in touched:
+            self.require_unchanged(number)
+        parts = [
+            self.maps[number][max(0, start - self.starts[number]) : stop - self.starts[number]]
+            for number in touched
+        ]
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+    def require_unchanged(self, number: int) -> None:
+        """Do nothing if one shard's file is the one that was opened.
+
+        Raises:
+            DataError: It was changed, replaced or removed.
+        """
+        path = self.paths[number]
+        try:
+            found = fingerprint_of(path)
+        except OSError:
+            found = None
+        if found != self.fingerprints[number]:
+            raise DataError(
+                f"corpus shard {path}: was changed while the run reads it, so the run stops before "
+                "it learns from it; the newest checkpoint is untouched. Put the file back, or "
+                f"delete {path.parents[1]} to have it made anew, and resume"
+            )
+
+
+def fingerprint_of(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file does: its number on the disk, its size and its time."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class ShardWriter:

@@ -35,5 +35,5 @@ class MemoryWatch:
             self.say(
                 f"host memory gets short: {human_bytes(left)} of {human_bytes(there)} are left. "
                 "Beyond that the kernel kills processes; what is committed stays. See what else "
-                "runs here, or resume with a lower train.microbatch_rows or offload.moments=bfloat16"
+                "runs here, or resume with less: train.microbatch_rows, offload.moments=bfloat16"
             )

@@ -226,7 +226,8 @@ def text_of_json(line: str, field: str) -> Document | str:
     """Return the document of one JSON line, or why there is none."""
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    # ValueError: also a number of more digits than Python reads.
+    except (ValueError, RecursionError) as error:
         return f"is not JSON ({error})"
     if not isinstance(row, dict):
         return f"is not a JSON object but {type(row).__name__}"
