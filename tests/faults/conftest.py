@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def soak_minutes(request: pytest.FixtureRequest) -> float:
     """How long random faults last."""
-    return float(request.config.getoption("--soak-minutes"))
+    return float(request.config.getoption("soak_minutes", 3.0))
 
 
 @pytest.fixture
@@ -151,6 +151,9 @@ class Reports:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collect where results come together: not in the workers of xdist."""
-    if config.getoption("--write-table") and not hasattr(config, "workerinput"):
+    """Collect where results come together: not in the workers of xdist.
+
+    A run of all tests reads this file too late for its options to exist.
+    """
+    if config.getoption("write_table", False) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Reports(), "fault-reports")
