@@ -436,7 +436,7 @@ def guarded(action: Callable[[], int]) -> int:
             return Exit.DEFECT
         if os.environ.get("WORLD_SIZE", "1") != "1" and is_of_a_peer(error):
             if main_rank:
-                print(f"interlace: another rank has gone: {first_line(error)}", file=sys.stderr)
+                print(f"interlace: another rank has gone: {first_sentence(error)}", file=sys.stderr)
             return Exit.DEFECT
         traceback.print_exc()
         print(
@@ -446,12 +446,13 @@ def guarded(action: Callable[[], int]) -> int:
         return Exit.DEFECT
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of a message, or the kind of error if it has none, and where more is
-    written.
+def first_sentence(error: Exception) -> str:
+    """Return the first sentence of a message, or the kind of error if it has none, and where more
+    is written.
     """
     notes: list[str] = getattr(error, "__notes__", [])
-    return "; ".join([(str(error).splitlines() or [type(error).__name__])[0], *notes])
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return "; ".join([first.split(". ")[0], *notes])
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:
