@@ -1,11 +1,9 @@
 """The words of `interlace launch`; nothing heavy is loaded to explain them."""
 
 import argparse
-from collections.abc import Callable
 
 from interlace.launch.launchers.ray.parser import add_ray
-
-AddParser = Callable[..., argparse.ArgumentParser]
+from interlace.launch.launchers.words import AddParser, add_run_words, described
 
 SUMMARY = "start a run on several processes, machines, or a cluster"
 
@@ -84,38 +82,6 @@ def add_launch(commands: AddParser) -> None:
     add_slurm(places)
     add_kubernetes(places)
     add_skypilot(places)
-
-
-def described(
-    commands: AddParser, name: str, summary: str, examples: str
-) -> argparse.ArgumentParser:
-    """Add a command whose help ends with examples."""
-    return commands(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def add_run_words(launcher: argparse.ArgumentParser, resumes: bool = True) -> None:
-    """Add what every launcher takes as `interlace train` does: recipe, overrides, `--resume`."""
-    launcher.add_argument(
-        "recipe",
-        nargs="?" if resumes else None,
-        metavar="RECIPE",
-        help="shipped recipe, or path of a TOML file",
-    )
-    launcher.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="SECTION.KEY=VALUE",
-        help="settings that win over the recipe's (train.steps=100)",
-    )
-    launcher.set_defaults(resume=None)
-    if resumes:
-        launcher.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
 
 
 def add_torchrun(places: AddParser) -> None:

@@ -1,9 +1,6 @@
 """The words of `interlace launch ray`; nothing heavy is loaded to explain them."""
 
-import argparse
-from collections.abc import Callable
-
-AddParser = Callable[..., argparse.ArgumentParser]
+from interlace.launch.launchers.words import AddParser, add_run_words, described
 
 MAX_FAILURES = 3
 """How often a run is started again by default; ends that only announce a node's going do not count.
@@ -24,26 +21,8 @@ examples:
 
 def add_ray(launchers: AddParser) -> None:
     """Add `ray` to the launchers."""
-    ray = launchers(
-        "ray",
-        help=SUMMARY,
-        description=SUMMARY[0].upper() + SUMMARY[1:] + ".",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    ray.add_argument(
-        "recipe",
-        nargs="?",
-        metavar="RECIPE",
-        help="name of a shipped recipe, or path of a TOML file",
-    )
-    ray.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="SECTION.KEY=VALUE",
-        help="settings that win over the recipe's (train.steps=100)",
-    )
-    ray.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    ray = described(launchers, "ray", SUMMARY, EXAMPLES)
+    add_run_words(ray)
     ray.add_argument(
         "--workers",
         metavar="N|MIN:MAX",
