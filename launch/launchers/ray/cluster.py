@@ -9,7 +9,6 @@ import importlib.util
 import logging
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,8 @@ SETTINGS: Mapping[str, str] = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # A worker of a machine that hangs is given up after so long.
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
+    # Machines that died a moment ago are still counted; after so long without room it counts again.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     # Ranks print through the bridge, and find their folder themselves.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -90,6 +90,7 @@ def connected(request: Request) -> Generator[Cluster]:
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     folder = Path(tempfile.mkdtemp(prefix="interlace-ray-"))
+    sweeper = start_sweeper(folder)
     try:
         opened = start_own(request, folder) if request.address == "local" else join(request, folder)
         try:
@@ -100,7 +101,19 @@ def connected(request: Request) -> Generator[Cluster]:
         finally:
             close()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        sweeper.communicate()
+
+
+def start_sweeper(folder: Path) -> subprocess.Popen[bytes]:
+    """Start the process that cleans up after this one, however it ends."""
+    paths = [str(package_folder().parent), os.environ.get("PYTHONPATH", "")]
+    return subprocess.Popen(
+        # Nothing of site-packages is needed.
+        [sys.executable, "-S", "-m", "interlace.launch.launchers.ray.sweeper", str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def close() -> None:
