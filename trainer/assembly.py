@@ -68,6 +68,9 @@ from interlace.trainer.signals import StopRequest
 from interlace.trainer.starting_weights import start_from
 from interlace.trainer.world import World
 
+PICTURE_SECONDS = 10.0
+"""With less time than this before the process has to be gone, no pictures are drawn."""
+
 
 @contextmanager
 def open_run(

@@ -22,6 +22,7 @@ from typing import cast
 
 import torch
 
+from interlace.offload.memory import available_host_bytes
 from interlace.offload.subgroup import SubgroupState
 from interlace.trainer.checkpoint.failpoints import failpoint
 from interlace.trainer.checkpoint.live import Source
@@ -34,6 +35,10 @@ COPIED_SHARE = 0.1
 
 LEAST_POOL_BYTES = 4 * CHUNK_BYTES
 """Below this it would not pay to let updates wait."""
+
+
+GIVEN_UP = "this save was given up"
+"""Why a rank has no file that was asked to stop writing."""
 
 
 class Holding(Enum):
@@ -82,9 +87,12 @@ class Pool:
         self._free: dict[int, list[torch.Tensor]] = {}
 
     def provide_for(self, saved_bytes: int) -> None:
-        """Learn how much is saved at once."""
+        """Learn how much is saved at once; where nobody said how much may be copied, it is never
+        more than half of the memory that is free.
+        """
         if self.wanted is None:
-            self.budget_bytes = max(int(COPIED_SHARE * saved_bytes), LEAST_POOL_BYTES)
+            room = self.held_bytes + available_host_bytes() // 2
+            self.budget_bytes = min(max(int(COPIED_SHARE * saved_bytes), LEAST_POOL_BYTES), room)
 
     def take(self, size: int) -> torch.Tensor | None:
         """Return `size` bytes, or None if there is no room."""
@@ -172,7 +180,7 @@ class Ledger:
             while chunk.holding is Holding.IN_USE and not self._closed:
                 self._changed.wait()
             if self._closed:
-                raise SaveError("this save was given up")
+                raise SaveError(GIVEN_UP)
             if chunk.copy is not None:
                 return chunk.copy
             chunk.holding = Holding.IN_USE

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from interlace.trainer.checkpoint.commit import CheckpointStore, FileRecord, Superseded
+from interlace.trainer.checkpoint.commit import CheckpointStore, Superseded
 from interlace.trainer.checkpoint.failpoints import failpoint
 from interlace.trainer.checkpoint.interval import Costs
-from interlace.trainer.checkpoint.ledger import Pool
+from interlace.trainer.checkpoint.ledger import GIVEN_UP, Pool
 from interlace.trainer.checkpoint.live import Source
 from interlace.trainer.checkpoint.snapshot import Snapshot
 from interlace.trainer.checkpoint.state import (
@@ -22,7 +22,7 @@ from interlace.trainer.checkpoint.state import (
     SavedScalars,
     TrainingState,
 )
-from interlace.trainer.checkpoint.tensors import TensorIndex, merge_indexes
+from interlace.trainer.checkpoint.tensors import merge_indexes
 from interlace.trainer.errors import CheckpointError, SaveError
 from interlace.trainer.world import World
 
@@ -128,15 +128,14 @@ class Save:
 
     def _publish(self) -> Failure | None:
         mine = self.snapshot.written or self.snapshot.error or "nothing was written"
-        files: list[FileRecord] = []
-        indexes: list[TensorIndex] = []
-        random_states: list[RandomState] = []
-        for written, random_state in self.world.gather((mine, self.random_state)):
-            if isinstance(written, str):
-                return self._reason(written)
-            files.append(written[0])
-            indexes.append(written[1])
-            random_states.append(random_state)
+        told = self.world.gather((mine, self.random_state))
+        errors = [written for written, _ in told if isinstance(written, str)]
+        if errors:
+            # Others were asked to stop because one of them failed.
+            return self._reason(next((each for each in errors if each != GIVEN_UP), errors[0]))
+        files = [written[0] for written, _ in told if not isinstance(written, str)]
+        indexes = [written[1] for written, _ in told if not isinstance(written, str)]
+        random_states = [random_state for _, random_state in told]
         saved = SavedScalars.model_validate(
             {
                 **self.target.scalars,

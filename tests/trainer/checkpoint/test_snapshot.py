@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from interlace.offload.schedule import Home
 from interlace.trainer.checkpoint import ledger, live
 from interlace.trainer.checkpoint.ledger import Ledger, Pool
 from interlace.trainer.checkpoint.live import Source
+from interlace.trainer.checkpoint.saves import Save
 from interlace.trainer.checkpoint.snapshot import Snapshot
 from interlace.trainer.checkpoint.state import TrainingState
 from interlace.trainer.world import World
@@ -259,3 +261,21 @@ def test_a_tenth_of_what_is_saved_may_be_copied_unless_somebody_says_otherwise(
     monkeypatch.setattr(ledger, "LEAST_POOL_BYTES", 300)
     free.provide_for(1000)
     assert free.budget_bytes == 300
+    # Half of what is free is the limit, for those who said nothing.
+    monkeypatch.setattr(ledger, "available_host_bytes", lambda: 50)
+    for pool in (free, fixed):
+        pool.provide_for(1000)
+    assert (free.budget_bytes, fixed.budget_bytes) == (25, 5)
+
+
+def test_of_several_ranks_the_one_that_failed_says_why() -> None:
+    class Ranks(World):
+        def gather(self, value: object) -> list[object]:
+            given_up = (ledger.GIVEN_UP, None)
+            return [given_up, ("the disk of rank 1 is full", None), given_up]
+
+    save = Save.__new__(Save)
+    save.world, save.random_state = Ranks(rank=0, size=1), None
+    save.snapshot = SimpleNamespace(written=None, error=ledger.GIVEN_UP)
+    save.target = SimpleNamespace(attempt=1, store=SimpleNamespace(require_live=lambda _: None))
+    assert str(save._publish()) == "the disk of rank 1 is full"
