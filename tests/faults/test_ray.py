@@ -8,6 +8,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,6 +33,7 @@ from ray_launch import (
 
 from interlace.trainer.checkpoint import verify_run
 from interlace.trainer.checkpoint.commit import CheckpointStore
+from interlace.trainer.exits import Exit
 
 pytestmark = pytest.mark.faults
 
@@ -249,6 +251,63 @@ def test_e4_a_frozen_machine_that_wakes_up_writes_nothing(
     for each in machines:
         kill(each)
     record_fault("Ray: machine frozen, woken later", resumed.lost_steps, resumed.seconds)
+
+
+def test_e8_a_machine_that_is_taken_away_with_notice_costs_no_step(
+    job: Job, nodes: Nodes, record_fault: RecordFault
+) -> None:
+    """The ranks save within the notice and go on elsewhere; no failure is counted."""
+    machines = [nodes.add() for _ in range(3)]
+    words = ("--address", nodes.address, "--cpus-per-worker", "1", "--max-failures", "0")
+    notice = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+    with job.launch(*words, **SLOW, **notice, **nodes.environment) as launch:
+        launch.wait_until(lambda: steps_done(job.run) >= 8)
+        nodes.drain(next(each for each in machines if nodes.ranks_of(each)), 120)
+        assert launch.wait() == 0, launch.printed()
+        moved = re.search(
+            r"attempt 2 goes on at step (\d+) on 2 ranks, ([0-9.]+) s after", launch.printed()
+        )
+    assert moved is not None, launch.printed()
+    assert f"step {moved[1]} attempt 1 committed" in job.acks.read_text(encoding="utf-8")
+    job.judge()
+    for each in machines:
+        kill(each)
+    record_fault("Ray: machine taken away with notice", 0, float(moved[2]))
+
+
+def test_the_package_is_taken_along_to_workers_that_do_not_have_it(
+    job: Job, nodes: Nodes, root: Path
+) -> None:
+    """A copy that only the launching process can import says something of its own."""
+    copy = job.home / "copy" / "interlace"
+    shutil.copytree(root / "interlace", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    marked = copy / "trainer" / "assembly.py"
+    text = marked.read_text(encoding="utf-8")
+    assert text.count('f"run folder {folder.path}"') == 1
+    marked.write_text(
+        text.replace('f"run folder {folder.path}"', 'f"a copy writes {folder.path}"'),
+        encoding="utf-8",
+    )
+    machine = nodes.add()
+    words = ("--address", nodes.address, "--workers", "1", "--cpus-per-worker", "1")
+    seen = {"PYTHONPATH": str(copy.parent), **nodes.environment}
+    with job.launch(*words, "train.steps=2", **seen) as launch:
+        assert launch.wait() == 0, launch.printed()
+        assert f"a copy writes {job.run}" in launch.printed()
+    kill(machine)
+
+
+def test_i4_a_cluster_that_admits_anybody_is_refused(
+    job: Job, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with Nodes(tmp_path_factory.mktemp("open"), "disabled") as nodes:
+        with job.launch("--address", nodes.address, **nodes.environment) as launch:
+            assert launch.wait() == Exit.MISTAKE, launch.printed()
+            assert "admits anybody who can reach it" in launch.printed()
+        nodes.add()
+        words = ("--address", nodes.address, "--allow-open-cluster", "train.steps=1")
+        with job.launch(*words, "--workers", "1", **nodes.environment) as launch:
+            assert launch.wait() == 0, launch.printed()
 
 
 def test_an_elastic_run_shrinks_and_grows(

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import re
+import signal
 import subprocess
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -12,7 +13,12 @@ import pytest
 
 from interlace.launch.cli import build_parser, main
 from interlace.launch.launchers.ray.bridge import Begun, Bridge, Ending, Wish
-from interlace.launch.launchers.ray.cluster import Cluster, local_environment, shipped
+from interlace.launch.launchers.ray.cluster import (
+    Cluster,
+    local_environment,
+    shipped,
+    start_sweeper,
+)
 from interlace.launch.launchers.ray.console import Forwarded
 from interlace.launch.launchers.ray.driving import trainer_of
 from interlace.launch.launchers.ray.request import Request, Workers, even_counts, request_of
@@ -184,6 +190,25 @@ def test_printed_lines_are_sent_whole_and_in_order() -> None:
     forwarded.finish()
     assert sent == ["one", "two", "rest"]
     assert beneath.getvalue() == "one\ntwo\nrest"
+
+
+def test_what_a_launch_leaves_is_ended_with_it_and_nothing_else(tmp_path: Path) -> None:
+    mine, other = tmp_path / "launch", tmp_path / "other"
+    asleep: list[subprocess.Popen[bytes]] = []
+    for folder in (mine, other):
+        folder.mkdir()
+        with (folder / "log").open("wb") as log:
+            asleep.append(subprocess.Popen(["sleep", "600"], stdout=log))
+    sweeper = start_sweeper(mine)
+    assert asleep[0].poll() is None
+    # As when the launching process dies.
+    sweeper.communicate(timeout=60)
+    assert asleep[0].wait(60) == -signal.SIGKILL
+    assert asleep[1].poll() is None
+    asleep[1].kill()
+    asleep[1].wait()
+    assert not mine.exists()
+    assert other.exists()
 
 
 def test_a_file_that_others_have_written_is_seen(

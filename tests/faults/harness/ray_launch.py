@@ -200,9 +200,11 @@ class Nodes:
 
     Args:
         home: A folder for its token.
+        authentication: Ray's mode of it.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, authentication: str = "token") -> None:
+        self.authentication = authentication
         self.token = home / "token"
         self.token.write_text(secrets.token_hex(32), encoding="utf-8")
         self.token.chmod(0o600)
@@ -210,7 +212,7 @@ class Nodes:
     @property
     def environment(self) -> dict[str, str]:
         """Variables of whoever joins it."""
-        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+        return {"RAY_AUTH_MODE": self.authentication, "RAY_AUTH_TOKEN_PATH": str(self.token)}
 
     def __enter__(self) -> "Nodes":
         program = Path(__file__).with_name("ray_nodes.py")
@@ -267,6 +269,14 @@ class Nodes:
         self.process.stdin.write(f"{cpus}\n")
         self.process.stdin.flush()
         return int(self.answer()["raylet"])
+
+    def drain(self, raylet: int, seconds: float) -> None:
+        """Give notice that a node will be taken away."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"drain {raylet} {seconds}\n")
+        self.process.stdin.flush()
+        said = self.answer()
+        assert said["accepted"] == "True", said
 
     def ranks_of(self, raylet: int) -> list[int]:
         """Return the ranks that run under a raylet."""
