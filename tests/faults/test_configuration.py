@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
+import stored_run
 import tomli_w
 from ranks import run_on_ranks
 from tiny_run import config_of, sign, state_of, train_here
@@ -20,7 +21,7 @@ from interlace.trainer.checkpoint.state import load_newest
 from interlace.trainer.config import load_recipe
 from interlace.trainer.config.problems import SYNONYMS, sections
 from interlace.trainer.config.schema import RunConfig
-from interlace.trainer.contract import contract_note
+from interlace.trainer.contract import changes, contract_note
 from interlace.trainer.errors import CheckpointError, ConfigError
 from interlace.trainer.loop import train
 from interlace.trainer.world import World
@@ -294,3 +295,33 @@ def test_the_types_of_all_settings_are_known_to_the_mistakes() -> None:
     }
     assert strange == {}
     assert len(RunConfig.model_fields) > 10
+
+
+STORED = sorted((Path(__file__).parent / "stored").iterdir())
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda path: path.name)
+def test_h3_a_run_that_earlier_code_saved_goes_on_as_it_went_on_then(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """State to the bit everywhere; losses to the bit where program libraries and processor are
+    those of then, else within the tolerance of the contract.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(stored_run.TEXT, encoding="utf-8")
+    run = Path(shutil.copytree(stored, tmp_path / "run"))
+    after = json.loads((run / "after.json").read_text(encoding="utf-8"))
+    assert stored_run.loaded_digest(run) == after["digest"]
+    before = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    said = train_here(stored_run.WORDS, run)
+    assert "resumed from the checkpoint of step 4" in said
+    now = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    expected = [float.fromhex(loss) for loss in after["losses"]]
+    found = stored_run.losses_after(run)
+    # The sources are other ones on purpose.
+    changed = {key for key, _ in changes(before, now)} - {"sources"}
+    assert found == (expected if not changed else pytest.approx(expected, abs=1e-5))
+
+
+def test_h3_the_format_of_now_is_stored() -> None:
+    assert f"format-{FORMAT_VERSION}" in [path.name for path in STORED]

@@ -244,11 +244,11 @@ def test_g3_a_run_whose_corpus_changes_stops_before_it_learns_from_it_and_goes_o
     assert corpus is not None
     path = corpus.folder / corpus.index.sources[0].train.shards[0].file
     sound = path.read_bytes()
-    with pytest.raises(DataError, match="was changed while the run reads it"):
-        with open_run(config_of(words, run), World()) as begun:
-            for step in finished_steps(begun):
-                if step == 6:
-                    changed(path)
+    refusal = pytest.raises(DataError, match="was changed while the run reads it")
+    with refusal, open_run(config_of(words, run), World()) as begun:
+        for step in finished_steps(begun):
+            if step == 6:
+                changed(path)
     assert step == 6
     with pytest.raises(DataError, match="is corrupt"):
         train_here(words, run)
