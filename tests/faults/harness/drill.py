@@ -162,9 +162,9 @@ class Attempt:
         return [rank.code for rank in self.ranks if rank.code is not None]
 
     @property
-    def first_end(self) -> float:
-        """When the first rank ended, by the monotonic clock."""
-        return min(rank.ended for rank in self.ranks if rank.ended is not None)
+    def first_end(self) -> float | None:
+        """When the first rank ended, by the monotonic clock; None while all live."""
+        return min((rank.ended for rank in self.ranks if rank.ended is not None), default=None)
 
     def printed(self) -> str:
         """Return what all ranks printed."""
