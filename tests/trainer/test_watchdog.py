@@ -412,6 +412,7 @@ def test_ranks_that_wait_for_a_slow_one_are_not_ended_as_long_as_it_may_be_slow(
     alarms = alarms_of(tmp_path / "ends" / "attempt-1")
     assert alarms
     assert {alarm.decision() for alarm in alarms} == {False}
+    assert (alarms[0].path / "rank-1.json").exists(), "rank 1 was not asked"
 
 
 def test_a_slow_rank_that_takes_too_long_ends_the_run(tmp_path: Path) -> None:
@@ -426,11 +427,13 @@ def test_a_slow_rank_that_takes_too_long_ends_the_run(tmp_path: Path) -> None:
 def test_time_in_which_the_watcher_could_not_run_does_not_count(tmp_path: Path) -> None:
     done = rank(
         tmp_path,
-        "os.kill(watch.process.pid, signal.SIGSTOP); time.sleep(4)\n"
-        "os.kill(watch.process.pid, signal.SIGCONT)\n"
-        "for _ in range(20):\n    watch.heartbeat.beat(); time.sleep(0.05)\n"
+        "beats = range(40)\n"
+        "for _ in beats:\n    watch.heartbeat.beat(); time.sleep(0.05)\n"
+        "os.kill(watch.process.pid, signal.SIGSTOP); time.sleep(5)\n"
+        "os.kill(watch.process.pid, signal.SIGCONT); time.sleep(0.7)\n"
+        "for _ in beats:\n    watch.heartbeat.beat(); time.sleep(0.05)\n"
         "watch.close()\n",
-        seconds=2,
+        seconds=3,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
