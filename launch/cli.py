@@ -8,6 +8,7 @@ message, no traceback), 1 a failure of ours.
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -17,11 +18,14 @@ from typing import NoReturn
 from interlace.launch.launchers.parser import add_launch
 from interlace.launch.mup.parser import add_mup
 from interlace.launch.sweep.parser import add_sweep
-from interlace.trainer.ends import is_of_a_peer, is_told_by_rank_0, is_told_later
+from interlace.trainer.ends import is_of_a_peer, is_told_by_rank_0, is_told_later, record_of
 from interlace.trainer.errors import UserError
 from interlace.trainer.exits import Exit, status_of
 
 AddParser = Callable[..., argparse.ArgumentParser]
+
+TELLING_SECONDS = 3.0
+"""How long a rank that says nothing stays after a mistake, for rank 0 to say it."""
 
 OVERRIDE_HELP = "settings that win over the recipe's, as section.key=value (train.steps=100)"
 CONFORM_OVERRIDES = "settings to try it at, in place of a small shape (model.width=64)"
@@ -422,6 +426,9 @@ def guarded(action: Callable[[], int]) -> int:
     except UserError as error:
         if not is_told_later(error) and (main_rank or not is_told_by_rank_0(error)):
             print(f"interlace: {error}", file=sys.stderr)
+        elif record_of(error) is None:
+            # torchrun ends rank 0 as soon as it sees this one gone.
+            time.sleep(TELLING_SECONDS)
         return status_of(error)
     except KeyboardInterrupt:
         if main_rank:
