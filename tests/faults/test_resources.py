@@ -2,6 +2,7 @@
 loading. Disks are in `test_saving.py`.
 """
 
+import json
 import mmap
 import os
 import subprocess
@@ -286,3 +287,63 @@ def test_c4_a_run_looks_at_the_memory_of_its_host(
     monkeypatch.setattr(memory_watch_module, "SHORT_SHARE", 1.0)
     said = train_here(tiny, tmp_path / "run", "train.steps=3", "observe.log_every_steps=1")
     assert said.count("host memory gets short") == 1
+
+
+LOAD = """
+import json, sys
+from pathlib import Path
+from interlace.trainer.assembly import assemble
+from interlace.trainer.checkpoint import CheckpointStore
+from interlace.trainer.checkpoint.state import load_newest
+from interlace.trainer.config import load_recipe
+from interlace.trainer.world import World
+
+def memory(key):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return 1024 * int(line.split()[1])
+
+saved, *words = sys.argv[1:]
+parts, _, _ = assemble(load_recipe(words[0], words[1:]).config, World())
+tensors = parts.state.tensors()
+# Memory that is handed out before it is used is not there yet.
+for tensor in tensors.values():
+    tensor.detach().add_(0)
+sizes = [tensor.nbytes for tensor in tensors.values()]
+Path("/proc/self/clear_refs").write_text("5")
+before = memory("VmRSS")
+load_newest(CheckpointStore(Path(saved) / "checkpoints"), parts.state)
+print(json.dumps({"grew": memory("VmHWM") - before, "state": sum(sizes), "largest": max(sizes)}))
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("strategy", ["none", "host"])
+def test_c6_reading_a_checkpoint_takes_one_tensor_more_than_the_state(
+    strategy: str, tiny: Sequence[str], tmp_path: Path
+) -> None:
+    words = (
+        *tiny,
+        "model.width=512",
+        "model.heads=8",
+        "model.kv_heads=8",
+        "model.ffn_width=1536",
+        "model.layers=4",
+        "train.validate_every_steps=0",
+        f"offload.strategy={strategy}",
+    )
+    saved = tmp_path / "saved"
+    train_here(words, saved, "train.steps=1")
+    script = tmp_path / "script.py"
+    script.write_text(LOAD, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script), str(saved), *words, f"run.dir={tmp_path / 'fresh'}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["state"] > 120 * 2**20
+    assert found["grew"] < found["largest"] + 0.2 * found["state"], found
