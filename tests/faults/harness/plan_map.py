@@ -92,6 +92,7 @@ COMMIT = "trainer/checkpoint/test_commit.py"
 ENERGY = "trainer/objectives/test_energy.py"
 ORDER = "trainer/data/test_order.py"
 PREPARE = "trainer/data/test_prepare.py"
+VERIFY = "trainer/checkpoint/test_verify.py"
 
 ELSEWHERE: dict[str, tuple[str, ...]] = {
     "A1": (
@@ -110,6 +111,21 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "A7": (
         "trainer/test_resume.py::"
         "test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used",
+    ),
+    "B1": (f"{VERIFY}::test_every_one_of_300_single_byte_flips_is_seen",),
+    "B2": (f"{VERIFY}::test_every_byte_of_the_manifest_counts",),
+    "B3": (
+        f"{VERIFY}::test_a_file_of_another_size_is_refused_without_reading_it",
+        f"{VERIFY}::test_a_manifest_of_another_size_is_refused",
+    ),
+    "B4": (
+        f"{VERIFY}::test_a_missing_file_is_named",
+        f"{VERIFY}::test_two_files_that_changed_places_are_recognised",
+        f"{VERIFY}::test_a_stray_file_is_reported_but_never_loaded",
+    ),
+    "B5": (
+        f"{VERIFY}::test_a_file_of_step_10_inside_step_15_is_refused",
+        f"{VERIFY}::test_the_whole_of_step_10_in_the_folder_of_step_15_is_refused",
     ),
     "C4": (
         "trainer/test_offloaded_runs.py::test_memory_that_is_not_there_is_refused_before_training",
@@ -133,6 +149,19 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
         f"{ORDER}::test_every_row_of_a_source_comes_once_in_each_epoch",
     ),
     "G5": (f"{ORDER}::test_a_row_depends_on_its_number_alone",),
+    "H1": (
+        "trainer/config/test_wrong_recipes.py::"
+        "test_a_wrong_setting_is_answered_with_key_value_reason_and_remedy",
+    ),
+    "H2": (
+        "trainer/checkpoint/test_manifest.py::test_a_newer_format_says_which_program_to_use",
+        "trainer/test_resume.py::test_another_model_cannot_continue_a_run",
+    ),
+    "I2": (
+        f"{VERIFY}::test_a_manifest_cannot_lead_out_of_its_folder",
+        f"{VERIFY}::test_what_is_not_a_regular_file_is_not_opened",
+        "trainer/checkpoint/test_manifest.py::test_a_name_that_could_leave_the_folder_is_refused",
+    ),
 }
 """Tests outside tests/faults that show a point, as `path::function` under tests/."""
 
