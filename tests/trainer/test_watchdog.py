@@ -415,6 +415,7 @@ def test_ranks_that_wait_for_a_slow_one_are_not_ended_as_long_as_it_may_be_slow(
     assert (alarms[0].path / "rank-1.json").exists(), "rank 1 was not asked"
 
 
+@pytest.mark.faults
 def test_a_slow_rank_that_takes_too_long_ends_the_run(tmp_path: Path) -> None:
     codes, printed = two_ranks(tmp_path, peer_sleeps=600.0)
     assert codes == [Exit.STALLED, Exit.STALLED], printed
@@ -424,10 +425,11 @@ def test_a_slow_rank_that_takes_too_long_ends_the_run(tmp_path: Path) -> None:
     assert kinds == {0: "waiting", 1: "stalled"}
 
 
+@pytest.mark.faults
 def test_time_in_which_the_watcher_could_not_run_does_not_count(tmp_path: Path) -> None:
     done = rank(
         tmp_path,
-        "beats = range(40)\n"
+        "beats = range(100)\n"
         "for _ in beats:\n    watch.heartbeat.beat(); time.sleep(0.05)\n"
         "os.kill(watch.process.pid, signal.SIGSTOP); time.sleep(5)\n"
         "os.kill(watch.process.pid, signal.SIGCONT); time.sleep(0.7)\n"
