@@ -6,7 +6,9 @@ and backward pass. Each round first times some steps without a save, then a bloc
 save of the very same state beside the steps that follow, until it is committed. The stall of that
 one is the time until then, less what as many steps take without a save: everything that a save
 costs training counts, also that updates wait and that the writer takes time from the processor.
-Both files must have the same digest. Rounds alternate in one process; medians count.
+What training itself waits for the save (between steps, and updates for the writer) is shown apart:
+on a machine that others use, the stall holds their noise as well. Both files must have the same
+digest. Rounds alternate in one process; medians count.
 
 Forward and backward are those of a device: the host waits for them (`device`), or the host computes
 itself, on all of its cores (`host`). They last a given share of a blocking save. What training may
@@ -208,6 +210,9 @@ def measure(elements: int, rounds: int, folder: Path) -> tuple[list[Row], list[s
         }
         # Both saves of a round met the same disk and the same neighbours.
         ratio = statistics.median(each.stall / each.blocking for each in found)
+        waited = statistics.median(
+            (each.between_steps + each.updates_waited) / each.blocking for each in found
+        )
         rows.append(
             {
                 "pass on": kind,
@@ -218,6 +223,7 @@ def measure(elements: int, rounds: int, folder: Path) -> tuple[list[Row], list[s
                 "between steps s": middle["between_steps"],
                 "updates waited s": middle["updates_waited"],
                 "steps beside": int(middle["steps"]),
+                "waited / blocking save": waited,
                 "stall / blocking save": ratio,
             }
         )

@@ -37,18 +37,3 @@ def interval_seconds(costs: Costs, hours_between_failures: float, step_seconds: 
     """
     best = math.sqrt(2 * costs.stall * 3600 * hours_between_failures)
     return max(min(best, LONGEST_SECONDS), costs.persist, step_seconds)
-
-
-def lost_share(
-    interval: float, costs: Costs, hours_between_failures: float, restart_seconds: float
-) -> float:
-    """Return the share of the time that saves and failures cost.
-
-    Args:
-        interval: Seconds between the beginnings of two saves.
-        costs: Of a save; what is not persisted yet is lost as well.
-        hours_between_failures: Mean time between failures of the whole run.
-        restart_seconds: From a failure until training goes on.
-    """
-    per_failure = interval / 2 + costs.persist + restart_seconds
-    return costs.stall / interval + per_failure / (3600 * hours_between_failures)

@@ -4,11 +4,19 @@ import math
 
 import pytest
 
-from interlace.trainer.checkpoint.interval import Costs, interval_seconds, lost_share
+from interlace.trainer.checkpoint.interval import Costs, interval_seconds
 from interlace.trainer.checkpoint.pace import Pace
 from interlace.trainer.config.checkpoint_section import CheckpointSection
 
 HOUR = 3600.0
+
+
+def lost_share(interval: float, costs: Costs, hours: float, restart_seconds: float) -> float:
+    """Return the share of the time that saves and failures cost: what stalls, half an interval of
+    work for each failure, what was not persisted yet, and the restart.
+    """
+    per_failure = interval / 2 + costs.persist + restart_seconds
+    return costs.stall / interval + per_failure / (HOUR * hours)
 
 
 @pytest.mark.parametrize(
