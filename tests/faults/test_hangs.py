@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from drill import Drill
 from ranks import run_on_ranks
+from watched_ranks import rank, two_ranks
 
 from interlace.trainer.ends import ends_of, first_failure
 from interlace.trainer.exits import Exit
@@ -154,3 +155,29 @@ with process_group() as world:
     done = run_on_ranks(script, tmp_path)
     assert "waited True" in done.stdout, done.stdout + done.stderr
     assert "Timed out" in done.stdout or "Timed out" in done.stderr or "2000ms" in done.stdout
+
+
+@pytest.mark.faults
+def test_a_slow_rank_that_takes_too_long_ends_the_run(tmp_path: Path) -> None:
+    codes, printed = two_ranks(tmp_path, peer_sleeps=600.0)
+    assert codes == [Exit.STALLED, Exit.STALLED], printed
+    assert printed.count("the run stands still") == 1
+    assert "rank 1 has been in publish of step 3" in printed
+    kinds = {end.rank: end.kind for end in ends_of(tmp_path, 1)}
+    assert kinds == {0: "waiting", 1: "stalled"}
+
+
+@pytest.mark.faults
+def test_time_in_which_the_watcher_could_not_run_does_not_count(tmp_path: Path) -> None:
+    done = rank(
+        tmp_path,
+        "beats = range(100)\n"
+        "for _ in beats:\n    watch.heartbeat.beat(); time.sleep(0.05)\n"
+        "os.kill(watch.process.pid, signal.SIGSTOP); time.sleep(5)\n"
+        "os.kill(watch.process.pid, signal.SIGCONT); time.sleep(0.7)\n"
+        "for _ in beats:\n    watch.heartbeat.beat(); time.sleep(0.05)\n"
+        "watch.close()\n",
+        seconds=3,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from watched_ranks import rank, two_ranks
 
 from interlace.trainer.ends import ends_of, first_failure
 from interlace.trainer.exits import Exit
@@ -21,10 +22,6 @@ from interlace.trainer.watchdog.patience import LEAST_SECONDS, Patience
 from interlace.trainer.watchdog.reports import Report, alarms_of
 from interlace.trainer.watchdog.stacks import frames_of
 from interlace.trainer.watchdog.verdict import culprits, is_stall, page, verdict
-
-PATIENCE = 120
-"""Seconds for a process that takes one on a quiet machine."""
-
 
 # ---- the pulse -----------------------------------------------------------------------------------
 
@@ -249,28 +246,6 @@ def test_the_stack_of_the_training_thread_is_found_among_those_of_all_threads() 
 
 # ---- a watcher and its rank ----------------------------------------------------------------------
 
-RANK = """
-import os, signal, sys, time
-from pathlib import Path
-from interlace.trainer.watchdog.watch import Watch
-watch = Watch(Path(sys.argv[1]), 1, 0, 1, float(sys.argv[2]))
-for phase in ("data", "exchange", "data", "exchange", "update"):
-    watch.heartbeat.enter(phase, 3)
-print(watch.process.pid, flush=True)
-"""
-
-
-def rank(folder: Path, rest: str, seconds: float = 0.5) -> subprocess.CompletedProcess[str]:
-    """Run a rank that does nothing but what `rest` says, after two steps."""
-    return subprocess.run(
-        [sys.executable, "-c", RANK + rest, str(folder), str(seconds)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-        env={**os.environ, "PLANTED_TOKEN": "not-to-be-written-down"},
-    )
-
 
 def alive(pid: int) -> bool:
     """Whether a process is still there; one that is about to end is given a moment."""
@@ -363,46 +338,6 @@ def test_signals_for_the_ranks_do_not_end_the_watcher(tmp_path: Path) -> None:
     assert done.stdout.split()[1] == "None", done.stderr
 
 
-PEERS = """
-import os, sys, time
-from pathlib import Path
-from interlace.trainer.watchdog.watch import Watch
-rank, peer_sleeps = int(sys.argv[2]), float(sys.argv[3])
-watch = Watch(Path(sys.argv[1]), 1, rank, 2, 1.0)
-for phase in ("data", "exchange", "data", "exchange", "norm"):
-    watch.heartbeat.enter(phase, 3)
-if rank == 1:
-    # A slow phase: ten seconds are allowed.
-    watch.heartbeat.enter("publish")
-    time.sleep(peer_sleeps)
-    Path(sys.argv[1], "done").touch()
-else:
-    watch.heartbeat.enter("update")
-    watch.heartbeat.enter("exchange")
-    while not Path(sys.argv[1], "done").exists():
-        time.sleep(0.05)
-watch.close()
-"""
-
-
-def two_ranks(folder: Path, peer_sleeps: float) -> tuple[list[int], str]:
-    """Let rank 0 wait for rank 1, which takes its time; return statuses and what they printed."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PEERS, str(folder), str(rank), str(peer_sleeps)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed = [process.communicate(timeout=PATIENCE)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    return [process.returncode for process in ranks], "".join(printed)
-
-
 def test_ranks_that_wait_for_a_slow_one_are_not_ended_as_long_as_it_may_be_slow(
     tmp_path: Path,
 ) -> None:
@@ -413,32 +348,6 @@ def test_ranks_that_wait_for_a_slow_one_are_not_ended_as_long_as_it_may_be_slow(
     assert alarms
     assert {alarm.decision() for alarm in alarms} == {False}
     assert (alarms[0].path / "rank-1.json").exists(), "rank 1 was not asked"
-
-
-@pytest.mark.faults
-def test_a_slow_rank_that_takes_too_long_ends_the_run(tmp_path: Path) -> None:
-    codes, printed = two_ranks(tmp_path, peer_sleeps=600.0)
-    assert codes == [Exit.STALLED, Exit.STALLED], printed
-    assert printed.count("the run stands still") == 1
-    assert "rank 1 has been in publish of step 3" in printed
-    kinds = {end.rank: end.kind for end in ends_of(tmp_path, 1)}
-    assert kinds == {0: "waiting", 1: "stalled"}
-
-
-@pytest.mark.faults
-def test_time_in_which_the_watcher_could_not_run_does_not_count(tmp_path: Path) -> None:
-    done = rank(
-        tmp_path,
-        "beats = range(100)\n"
-        "for _ in beats:\n    watch.heartbeat.beat(); time.sleep(0.05)\n"
-        "os.kill(watch.process.pid, signal.SIGSTOP); time.sleep(5)\n"
-        "os.kill(watch.process.pid, signal.SIGCONT); time.sleep(0.7)\n"
-        "for _ in beats:\n    watch.heartbeat.beat(); time.sleep(0.05)\n"
-        "watch.close()\n",
-        seconds=3,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
 
 
 def test_nothing_of_the_environment_is_written_down(tmp_path: Path) -> None:
