@@ -201,8 +201,9 @@ def test_what_a_launch_leaves_is_ended_with_it_and_nothing_else(tmp_path: Path) 
             asleep.append(subprocess.Popen(["sleep", "600"], stdout=log))
     sweeper = start_sweeper(mine)
     assert asleep[0].poll() is None
-    # As when the launching process dies.
-    sweeper.communicate(timeout=60)
+    # As when the launching process ends, which has a log open itself and may take its time.
+    with (mine / "own").open("wb"):
+        sweeper.communicate(timeout=60)
     assert asleep[0].wait(60) == -signal.SIGKILL
     assert asleep[1].poll() is None
     asleep[1].kill()

@@ -25,8 +25,8 @@ def main(folder: Path) -> None:
 
 
 def of_launch(folder: Path) -> list[int]:
-    """Return the processes that have a file of the folder open, as all of Ray's do, for their logs;
-    none on systems without /proc.
+    """Return the processes that have a file of the folder open, as all of Ray's do, for their logs,
+    but for the launching one; none on systems without /proc.
     """
     found: set[int] = set()
     for process in Path("/proc").glob("[0-9]*"):
@@ -37,7 +37,7 @@ def of_launch(folder: Path) -> list[int]:
             continue
         if any(path.is_relative_to(folder) for path in opened):
             found.add(int(process.name))
-    return sorted(found - {os.getpid()})
+    return sorted(found - {os.getpid(), os.getppid()})
 
 
 if __name__ == "__main__":
