@@ -202,6 +202,20 @@ def measure(elements: int, rounds: int, folder: Path) -> tuple[list[Row], list[s
             times[case].append(round_of(training, forward_backward))
             print(*case, times[case][-1], flush=True)
     training.optimizer.close()
+    load = os.getloadavg()[0]
+    size = 12 * elements / 1e9
+    notes = [
+        f"{size:.2f} GB of state, medians, all files of both ways equal to the last bit",
+        f"room for copies: {training.target.pool.budget_bytes / 1e6:.0f} MB, a tenth of the state",
+        f"the machine had {load:.1f} processes ready to run on {len(os.sched_getaffinity(0))} "
+        "cores on average",
+        f"goal: at most {GOAL:.0%} of a blocking save",
+    ]
+    return rows_of(times), notes
+
+
+def rows_of(times: Mapping[tuple[str, float], list[Times]]) -> list[Row]:
+    """Return a row for each case: medians over its rounds."""
     rows: list[Row] = []
     for (kind, share), found in times.items():
         middle = {
@@ -223,20 +237,12 @@ def measure(elements: int, rounds: int, folder: Path) -> tuple[list[Row], list[s
                 "between steps s": middle["between_steps"],
                 "updates waited s": middle["updates_waited"],
                 "steps beside": int(middle["steps"]),
+                "rounds": len(found),
                 "waited / blocking save": waited,
                 "stall / blocking save": ratio,
             }
         )
-    load = os.getloadavg()[0]
-    size = 12 * elements / 1e9
-    notes = [
-        f"{size:.2f} GB of state, median of {rounds} rounds, all files equal to the last bit",
-        f"room for copies: {training.target.pool.budget_bytes / 1e6:.0f} MB, a tenth of the state",
-        f"the machine had {load:.1f} processes ready to run on {len(os.sched_getaffinity(0))} "
-        "cores on average",
-        f"goal: at most {GOAL:.0%} of a blocking save",
-    ]
-    return rows, notes
+    return rows
 
 
 def main() -> None:
