@@ -148,9 +148,18 @@ def test_a_wish_to_move_ends_with_the_move_and_one_to_stop_stays() -> None:
         assert (await bridge.beat(first, 0)).moving
         second = await bridge.begin()
         assert not (await bridge.beat(second, 0)).reason
+        await bridge.resume(Begun(second, 2, 2, 5, 0))
+        # Ray itself told the ranks of this one that their machine goes.
+        await bridge.end(Ending(second, 0, Exit.DONE, moving=True))
+        third = await bridge.begin()
+        await bridge.resume(Begun(third, 3, 2, 9, 0))
+        fourth = await bridge.begin()
+        await bridge.resume(Begun(fourth, 4, 2, 9, 0))
+        begun = (await bridge.listen(1)).begun
+        assert [each.moved for each in begun] == [True, True, False]
         await bridge.stop(Wish("SIGINT"))
         await bridge.stop(Wish("more machines", moving=True))
-        assert await bridge.beat(second, 0) == Wish("SIGINT")
+        assert await bridge.beat(fourth, 0) == Wish("SIGINT")
 
     asyncio.run(talk())
 

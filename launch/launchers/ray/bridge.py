@@ -94,14 +94,16 @@ class Bridge:
         self.heard: dict[int, float] = {}
         self.lost_at: float | None = None
         self.moved = False
+        self.leaving = False
 
     async def begin(self) -> int:
         """Begin a generation; return its number. Called by rank 0 of every start."""
         if self.generation:
             self.lost_at = min(self.heard.values(), default=time.monotonic())
         self.heard = {}
-        self.moved = self.wish.moving
-        if self.moved:
+        # Ranks hear of a machine that goes from Ray itself; of one that comes, from here.
+        self.moved, self.leaving = self.leaving or self.wish.moving, False
+        if self.wish.moving:
             self.wish = Wish()
         self.generation += 1
         return self.generation
@@ -128,6 +130,7 @@ class Bridge:
     async def end(self, ending: Ending) -> None:
         """Take how a rank ended."""
         if ending.generation == self.generation:
+            self.leaving = self.leaving or ending.moving
             self.tell().endings.append(ending)
 
     async def stop(self, wish: Wish) -> None:
