@@ -4,6 +4,9 @@ The handler only notes the signal. The loop asks at the end of every step, and a
 the answer together with the loss, so that they leave after the same step with a committed
 checkpoint. Whoever learns of the end in another way, such as a cluster's notice of preemption, says
 so with `StopRequest.ask`. A notice has an end: what cannot be saved until then is not begun.
+
+SIGTERM often comes by two ways at once: to every process of a service or a job, and again from the
+launcher that hands it on. That is one request, not two.
 """
 
 import math
@@ -15,6 +18,9 @@ import time
 from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+ECHO_SECONDS = 3.0
+"""A SIGTERM so soon after the first is the same one, by another way."""
 
 
 class StopRequest:
@@ -29,6 +35,7 @@ class StopRequest:
         self.announce = announce
         self.notice_seconds = notice_seconds
         self.signal: signal.Signals | None = None
+        self.asked = 0.0
         self.reason = ""
         self.deadline = math.inf
         self.previous: dict[signal.Signals, object] = {}
@@ -73,13 +80,16 @@ class StopRequest:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType] - what signal() gave
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Note the first signal; leave at once on the second."""
+        """Note the first signal; leave at once on the second, unless it is an echo."""
+        now = time.monotonic()
         if self.signal is not None:
+            if number == self.signal == signal.SIGTERM and now < self.asked + ECHO_SECONDS:
+                return
             os._exit(128 + number)
-        self.signal = signal.Signals(number)
+        self.signal, self.asked = signal.Signals(number), now
         # A person who types Ctrl-C waits.
         notice = self.notice_seconds if number == signal.SIGTERM else math.inf
-        self.deadline = min(self.deadline, time.monotonic() + notice)
+        self.deadline = min(self.deadline, now + notice)
         self.reason = self.reason or self.signal.name
         if self.announce:
             self.tell(

@@ -1,9 +1,11 @@
 """What runs in a Slurm job: one `srun` over all nodes, and whether the job goes back to the queue.
 
 Slurm tells a job that its time is nearly over by SIGUSR1 (`--signal=B:USR1@...` in the script),
-that it is preempted or cancelled by SIGTERM. Both go on to the ranks, once, as SIGTERM: they save
-and leave. Then the job is put back where the run is not finished, unless it was cancelled, or a new
-start cannot help: because the exit status says so, or because this start has saved nothing new.
+that it is preempted or cancelled by SIGTERM. Both go on to the tasks as SIGTERM, by way of
+`scancel`: `srun` takes a SIGTERM of its own for the wish to kill its tasks ("forcing job
+termination", in its sources and in every log of such an end). Ranks save and leave. Then the job is
+put back where the run is not finished, unless it was cancelled, or a new start cannot help: because
+the exit status says so, or because this start has saved nothing new though nobody cut it short.
 """
 
 import argparse
@@ -34,7 +36,7 @@ FIRST_PORT, PORTS = 20000, 20000
 
 @dataclass
 class Messenger:
-    """Hands the first signal on to `srun`, as SIGTERM; a second would make ranks leave at once."""
+    """Hands the first signal on to the tasks, as SIGTERM."""
 
     process: Process | None = None
     received: list[int] = field(default_factory=list[int])
@@ -43,7 +45,7 @@ class Messenger:
         """Note a signal."""
         self.received.append(number)
         if len(self.received) == 1 and self.process is not None:
-            self.process.send_signal(signal.SIGTERM)
+            tell_tasks()
 
 
 def main(words: Sequence[str]) -> int:
@@ -65,7 +67,8 @@ def main(words: Sequence[str]) -> int:
             [*srun_words(job.ray), *task_words(job)], env=environment(token)
         )
         if messenger.received:
-            messenger.process.send_signal(signal.SIGTERM)
+            # It came before there were tasks, so there is nothing to save.
+            messenger.process.terminate()
         status = ended(messenger.process.wait())
     finally:
         if token is not None:
@@ -73,11 +76,27 @@ def main(words: Sequence[str]) -> int:
     if is_finished(job.run):
         return Exit.DONE
     failure = failure_of(job.run, before, status)
+    gained = newest_step(store) > began
+    if signal.SIGUSR1 in messenger.received and not gained:
+        say(
+            "nothing new was saved within the time limit, and another start would end like this "
+            "one: the job does not go back to the queue; type a longer --time, a --notice that is "
+            "longer than a save takes, or a smaller checkpoint.every_steps="
+        )
+        return status or Exit.PREEMPTED
     stopped = bool(messenger.received) or status == 0
-    if not stopped and not (failure.restartable and newest_step(store) > began):
+    if not stopped and not (failure.restartable and gained):
         say(f"{failure.line}; the job does not go back to the queue")
         return failure.status
     return back_to_queue()
+
+
+def tell_tasks() -> None:
+    """Send SIGTERM to every task of the job, but not to `srun`."""
+    # Without --batch or --full it reaches the steps only, not this program.
+    told = ["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]]
+    if subprocess.run(told, check=False).returncode != 0:
+        say("scancel did not reach the ranks: they go on until Slurm ends them")
 
 
 def srun_words(ray: bool) -> list[str]:

@@ -7,6 +7,7 @@ has saved counts: a run that gets on may fail as often as it likes, one that doe
 times in a row.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -78,7 +79,11 @@ class Stop:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal and pass it on."""
+        """Note a signal and pass it on; of several SIGTERMs of Slurm, which sends one for each
+        reason that it has and kills by itself, only the first.
+        """
+        if number == signal.SIGTERM and number in self.received and "SLURM_STEP_ID" in os.environ:
+            return
         self.received.append(number)
         if self.process is not None and self.process.poll() is None:
             patience_is_over = len(self.received) > 2

@@ -19,13 +19,15 @@ cp "$1" "$SPOOL/job.sh"
 echo "Submitted batch job 4242"
 """
 SRUN = """#!/bin/bash
-# Starts one task per node, all here, and hands SIGTERM on, as srun does.
+# Starts one task per node, all here. Its own SIGTERM means to kill them ("forcing job
+# termination"): srun hands on others, but not this one.
 while [[ "$1" == --* ]]; do shift; done
-trap 'kill -TERM "${tasks[@]}" 2>/dev/null' TERM
+trap 'echo "srun: forcing job termination"; kill -KILL "${tasks[@]}" 2>/dev/null' TERM
 for ((task = 0; task < SLURM_JOB_NUM_NODES; task++)); do
-    SLURM_PROCID=$task "$@" &
+    SLURM_STEP_ID=0 SLURM_PROCID=$task "$@" &
     tasks+=($!)
 done
+echo "${tasks[@]}" > "$SPOOL/tasks"
 status=0
 for task in "${tasks[@]}"; do
     # A trap ends `wait` early.
@@ -40,6 +42,10 @@ if [[ "$1 $2" == "show hostnames" ]]; then
 else
     echo "$*" >> "$SPOOL/asked"
 fi
+"""
+SCANCEL = """#!/bin/bash
+[[ "$*" == "--signal=TERM 4242" ]] || exit 1
+kill -TERM $(cat "$SPOOL/tasks")
 """
 SQUEUE = """#!/bin/bash
 cat "$SPOOL/state"
@@ -62,6 +68,7 @@ class Cluster:
             "SLURM_CPUS_ON_NODE": str(os.cpu_count()),
         }
         programs = {"sbatch": SBATCH, "srun": SRUN, "scontrol": SCONTROL, "squeue": SQUEUE}
+        programs["scancel"] = SCANCEL
         for name, text in programs.items():
             (folder / name).write_text(text, encoding="utf-8")
             (folder / name).chmod(0o755)
@@ -97,6 +104,11 @@ class Cluster:
             text=True,
             start_new_session=True,
         )
+
+    def terminate(self, job: "subprocess.Popen[str]") -> None:
+        """Send SIGTERM to all of the job, as Slurm does when it is cancelled or preempted."""
+        subprocess.run(["scancel", "--signal=TERM", "4242"], env=self.environment, check=True)
+        job.send_signal(signal.SIGTERM)
 
     def requeued(self) -> int:
         """Return how often the job went back to the queue."""
@@ -167,10 +179,30 @@ def test_a_job_that_is_cancelled_saves_and_does_not_go_back(
     with cluster.start() as job:
         wait_for_a_checkpoint(run, job)
         cluster.state = "COMPLETING"
-        job.send_signal(signal.SIGTERM)
+        cluster.terminate(job)
         said, _ = job.communicate(timeout=200)
     assert job.returncode == 0, said
     assert "the job is COMPLETING: the state is saved" in said
+    assert cluster.requeued() == 0
+
+
+def test_a_job_whose_whole_time_brings_nothing_does_not_go_back_for_ever(
+    tiny: Sequence[str], tmp_path: Path
+) -> None:
+    cluster, run = Cluster(tmp_path, nodes=1), tmp_path / "run"
+    cluster.submit(*tiny, f"run.dir={run}", "--gpus-per-node", "0")
+    # Ranks that leave without having saved: there was no time.
+    ranks = (
+        "#!/bin/bash\ntrap 'exit 75' TERM\necho $$ > $SPOOL/tasks\nwhile :; do sleep 0.1; done\n"
+    )
+    (tmp_path / "srun").write_text(ranks, encoding="utf-8")
+    with cluster.start() as job:
+        while not (tmp_path / "tasks").exists():
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+        said, _ = job.communicate(timeout=200)
+    assert job.returncode == 75, said
+    assert "type a longer --time, a --notice that is longer than a save takes" in said
     assert cluster.requeued() == 0
 
 

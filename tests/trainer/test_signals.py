@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from interlace.trainer.signals import StopRequest
+from interlace.trainer.signals import ECHO_SECONDS, StopRequest
 
 
 def test_another_thread_may_ask_and_of_several_ends_the_first_counts(
@@ -43,3 +43,31 @@ def test_a_signal_after_a_notice_is_the_first_signal() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal is signal.SIGTERM
         assert stop.reason == "notice"
+
+
+def test_a_sigterm_that_comes_by_two_ways_is_one_and_a_later_one_leaves_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left: list[int] = []
+    now = [100.0]
+    monkeypatch.setattr("interlace.trainer.signals.os._exit", left.append)
+    monkeypatch.setattr("interlace.trainer.signals.time.monotonic", lambda: now[0])
+    with StopRequest(announce=False) as stop:
+        stop.receive(signal.SIGTERM, None)
+        now[0] += ECHO_SECONDS / 2
+        stop.receive(signal.SIGTERM, None)
+        assert stop.received
+        assert not left
+        now[0] += ECHO_SECONDS
+        stop.receive(signal.SIGTERM, None)
+    assert left == [128 + signal.SIGTERM]
+
+
+def test_a_person_who_types_ctrl_c_twice_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr("interlace.trainer.signals.os._exit", left.append)
+    for first in (signal.SIGINT, signal.SIGTERM):
+        with StopRequest(announce=False) as stop:
+            stop.receive(first, None)
+            stop.receive(signal.SIGINT, None)
+    assert left == [128 + signal.SIGINT] * 2
