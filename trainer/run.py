@@ -197,7 +197,9 @@ class Run:
             return
         parts = self.parts
         self.heartbeat.enter("validate")
-        self.notes.validation = validate(parts.model, parts.objective, parts.batches, parts.world)
+        self.notes.validation = validate(
+            parts.model, parts.objective, parts.batches, parts.world, self.heartbeat.beat
+        )
         self.last_validation_loss = self.notes.validation.loss
 
     def observe(self) -> None:

@@ -7,6 +7,7 @@ touched.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +31,27 @@ class Validation:
 
 
 @torch.no_grad()
-def validate(model: Model, objective: Objective, batches: StepBatches, world: World) -> Validation:
-    """Measure the model on the validation rows; every rank takes part and gets the same answer."""
+def validate(
+    model: Model,
+    objective: Objective,
+    batches: StepBatches,
+    world: World,
+    beat: Callable[[], None],
+) -> Validation:
+    """Measure the model on the validation rows; every rank takes part and gets the same answer.
+
+    Args:
+        model: The model.
+        objective: What measures a loss.
+        batches: Where the rows come from.
+        world: The ranks.
+        beat: Called at every micro-batch: a sign of life, since all of them may take hours.
+    """
     start = time.perf_counter()
     totals = torch.zeros(2, dtype=torch.float64)
     model.eval()
     for batch, counted in batches.of_validation():
+        beat()
         loss = float(objective.held_out_nll(model, batch))
         totals += counted * torch.tensor([loss, 1.0], dtype=torch.float64)
     model.train()

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 PATIENCE = 120
@@ -29,6 +31,17 @@ def rank(folder: Path, rest: str, seconds: float = 0.5) -> subprocess.CompletedP
         check=False,
         env={**os.environ, "PLANTED_TOKEN": "not-to-be-written-down"},
     )
+
+
+@contextmanager
+def hung_rank(folder: Path) -> Generator["subprocess.Popen[bytes]"]:
+    """Start a rank that marks two steps and then nothing; its error output is a pipe."""
+    command = [sys.executable, "-c", RANK + "time.sleep(600)", str(folder), "0.5"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 PEERS = """

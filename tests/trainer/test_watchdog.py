@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from watched_ranks import rank, two_ranks
+from watched_ranks import PATIENCE, hung_rank, rank, two_ranks
 
 from interlace.trainer.ends import ends_of, first_failure
 from interlace.trainer.exits import Exit
@@ -223,6 +223,14 @@ def test_the_page_shows_equal_stacks_once_and_says_where_the_rest_is() -> None:
     ]
 
 
+def test_the_page_is_there_without_the_report_of_the_rank_that_was_late() -> None:
+    reports = [stalled(0, "exchange", 50, limit=120.0), Report(rank=1)]
+    assert is_stall(reports)
+    lines = page(reports, "RUN").splitlines()
+    assert lines[0] == "interlace: the run stands still"
+    assert lines[1].startswith("rank 1 no answer: it has left, or its machine is gone")
+
+
 def test_of_hundreds_of_ranks_the_page_shows_the_guilty_and_one_of_every_kind() -> None:
     reports = [stalled(rank, "exchange", 50, stack=IN_GATHER) for rank in range(512)]
     reports[300] = stalled(300, "backward", 49, stack=IN_MODEL)
@@ -283,6 +291,13 @@ def test_a_rank_that_cannot_leave_is_killed(tmp_path: Path, rest: str) -> None:
     assert end is not None
     assert (end.kind, end.status, end.phase) == ("stalled", 70, "update")
     assert not alive(int(done.stdout))
+
+
+def test_a_rank_is_ended_though_nobody_reads_what_the_watcher_says(tmp_path: Path) -> None:
+    with hung_rank(tmp_path) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.wait(PATIENCE) == Exit.STALLED
 
 
 def test_a_rank_that_marks_its_phases_is_left_alone(tmp_path: Path) -> None:

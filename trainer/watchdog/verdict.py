@@ -106,9 +106,11 @@ def page(reports: Sequence[Report], folder: str) -> str:
         reports: Of all ranks.
         folder: Where the whole stacks are.
     """
-    limit = min(report.limit for report in reports if report.late or len(reports) == 1)
+    late = [report.limit for report in reports if report.late or len(reports) == 1]
+    # The machine of the rank that was late may be gone by now, and its report with it.
+    longer = f", for longer than {min(late):.0f} s (watchdog.seconds)" if late else ""
     lines = [
-        f"interlace: the run stands still, for longer than {limit:.0f} s (watchdog.seconds)",
+        f"interlace: the run stands still{longer}",
         verdict(reports),
     ]
     if len(reports) > 1:

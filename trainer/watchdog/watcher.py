@@ -6,6 +6,7 @@ A rank that does not follow within two seconds, since it is stopped or its inter
 killed.
 """
 
+import contextlib
 import mmap
 import os
 import select
@@ -140,7 +141,7 @@ class Watcher:
             stall = self.decided(reports)
         except OSError as error:
             # Without the run folder the watchers cannot meet; each speaks for its own rank.
-            print(f"interlace: {self.watched.run_dir} cannot be used: {error}", file=sys.stderr)
+            self.say(f"interlace: {self.watched.run_dir} cannot be used: {error}")
             reports, stall = [own], own.late
             if stall:
                 self.tell(reports)
@@ -171,8 +172,12 @@ class Watcher:
 
     def tell(self, reports: Sequence[Report]) -> None:
         """Print who waits for whom, for all ranks."""
-        text = page(reports, str(self.watched.folder))
-        print(text, file=sys.stderr, flush=True)
+        self.say(page(reports, str(self.watched.folder)))
+
+    def say(self, text: str) -> None:
+        """Print, if there is still a terminal; a rank that hangs is ended without one too."""
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
     def report(self) -> Report:
         """Return how the rank stands, without its stack."""
