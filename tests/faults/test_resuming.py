@@ -127,7 +127,7 @@ INSIDE: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "an epoch": ("step.forward@13", ("data.source={small}", "data.prepared_dir={small}.d")),
     "an overlapped update": (
         "step.forward@12",
-        ("offload.strategy=host", "offload.overlap=backward", "checkpoint.every_steps=3"),
+        ("offload.strategy=host", "offload.overlap=forward", "checkpoint.every_steps=3"),
     ),
 }
 """Where a run is killed: the failpoint, and the settings that put something around it."""
