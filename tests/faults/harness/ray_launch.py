@@ -21,6 +21,9 @@ from types import TracebackType
 LONGEST_SECONDS = 400.0
 """A launch that takes longer hangs; on a quiet machine one takes half a minute."""
 
+LEAVES_SECONDS = 20.0
+"""How long a test waits for what a launcher that it killed has left, before it ends that itself."""
+
 RESUMED = re.compile(
     r"attempt (\d+) resumed at step (\d+) on (\d+) ranks, ([0-9.]+) s after the failure, "
     r"(\d+) steps repeated"
@@ -78,7 +81,10 @@ class Launch:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        # What a killed launcher leaves behind ends by itself, but not at once.
+        # What a killed launcher leaves behind ends by itself, and removes its files.
+        end = time.monotonic() + LEAVES_SECONDS
+        while any(alive(pid) for pid in self.started) and time.monotonic() < end:
+            time.sleep(0.1)
         for pid in self.started:
             kill(pid)
 
