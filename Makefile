@@ -20,10 +20,11 @@ test: lint types
 test-long: $(VENV)/installed-dev
 	$(BIN)/pytest -m long
 
-# All of tests/faults, quick ones included: half an hour on two cores, two files at a time. What
-# recovering took is written into docs/reliability.md.
+# All of tests/faults, quick ones included, and what tests elsewhere alone show of the plan: half an
+# hour on two cores, two files at a time. What recovering took is written into docs/reliability.md.
 faults: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults -m "not gpu" -n 2 --dist loadfile --write-table
+	elsewhere="$$($(BIN)/python tests/faults/harness/plan_map.py elsewhere)" && \
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults $$elsewhere -m "not gpu" -n 2 --dist loadfile --write-table
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check $(SOURCES)

@@ -15,6 +15,7 @@ from ranks import run_on_ranks
 from tiny_run import config_of, sign, state_of, train_here
 
 from interlace.launch import cli
+from interlace.trainer.assembly import open_run
 from interlace.trainer.checkpoint import CheckpointStore
 from interlace.trainer.checkpoint.manifest import FORMAT_VERSION
 from interlace.trainer.checkpoint.state import load_newest
@@ -23,7 +24,7 @@ from interlace.trainer.config.problems import SYNONYMS, sections
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.contract import changes, contract_note
 from interlace.trainer.errors import CheckpointError, ConfigError
-from interlace.trainer.loop import train
+from interlace.trainer.loop import finished_steps, train
 from interlace.trainer.world import World
 
 WRONG_FOR_ALL = ({"a": {"b": 1}}, date(1979, 5, 27), [["a"]])
@@ -200,11 +201,17 @@ def test_h2_a_checkpoint_of_another_shape_is_refused(
 
 
 def test_h2_the_same_machine_resumes_bit_for_bit_and_says_so(
-    run: Path, tiny: Sequence[str], tmp_path: Path, losses_of: Callable[[Path], list[str]]
+    tiny: Sequence[str], tmp_path: Path, losses_of: Callable[[Path], list[str]]
 ) -> None:
-    assert "determinism" not in train_here(tiny, tmp_path / "straight", "train.steps=8")
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    assert "determinism" not in train_here(tiny, straight, "train.steps=8")
+    with open_run(config_of(tiny, run, "train.steps=8"), World()) as stopped:
+        assert next(step for step in finished_steps(stopped) if step == 4)
+        stopped.conclude()
     said = train_here(tiny, run, "train.steps=8")
+    assert "resumed from the checkpoint of step 5" in said
     assert "determinism D0: losses are those of an undisturbed run, bit for bit" in said
+    assert losses_of(run) == losses_of(straight)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +252,7 @@ import os, sys
 from interlace.trainer import rendezvous
 from interlace.trainer.config import load_recipe
 from interlace.trainer.errors import ConfigError
-from interlace.trainer.loop import train
+from interlace.trainer.loop import finished_steps, train
 from interlace.trainer.world import process_group
 
 def begin(world, *words):

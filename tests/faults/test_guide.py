@@ -20,6 +20,19 @@ def test_the_map_names_every_point_and_only_tests_that_exist(root: Path) -> None
     assert set(plan_map.ELSEWHERE) <= set(plan_map.PLAN)
 
 
+def test_make_faults_runs_a_test_of_every_point(root: Path) -> None:
+    """Those of tests/faults, and what is shown elsewhere alone."""
+    shown, more = plan_map.tests_of(root), plan_map.only_elsewhere(root)
+    for point in set(plan_map.PLAN) - set(plan_map.MISSING):
+        runs = [name.startswith("faults/") or f"tests/{name}" in more for name in shown[point]]
+        assert any(runs), point
+    assert not any(name.startswith("tests/faults/") for name in more)
+    (command,) = (
+        line for line in (root / "Makefile").read_text().splitlines() if "--write-table" in line
+    )
+    assert "pytest tests/faults $$elsewhere -m" in command
+
+
 def test_the_guide_holds_the_map(root: Path) -> None:
     guide = (root / "docs" / "reliability.md").read_text(encoding="utf-8")
     assert plan_map.table(root) in guide, "run  python tests/faults/harness/plan_map.py"

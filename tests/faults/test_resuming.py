@@ -57,8 +57,27 @@ def test_d1_stopped_after_any_step_a_run_goes_on_bit_for_bit(
         done = stop
     broken.finish(ranks)
     judge(broken, ranks)
+    assert [recovery.lost_steps for recovery in broken.recoveries()] == [0] * len(stops)
     for recovery in broken.recoveries():
         record_fault(f"SIGTERM, {ranks} ranks", recovery.lost_steps, recovery.seconds)
+
+
+def test_e8_a_second_signal_in_the_middle_of_a_commit_ends_at_once_and_spoils_nothing(
+    drill: MakeDrill, judge: Judge, record_fault: RecordFault
+) -> None:
+    broken = drill()
+    attempt = broken.start(1, "publish.pre_rename@2:stop")
+    attempt.wait_until_stopped(0)
+    # Both wait for it to go on: neither the rename nor the step is finished between them.
+    attempt.signal(signal.SIGINT)
+    attempt.signal(signal.SIGTERM)
+    attempt.signal(signal.SIGCONT)
+    assert attempt.wait() == [128 + signal.SIGTERM], attempt.printed()
+    assert CheckpointStore(broken.run / "checkpoints").committed_steps() == [5]
+    recovery = broken.finish(1)
+    assert broken.attempts[-1].resumed_step() == 5
+    judge(broken, 1)
+    record_fault("two signals while committing", recovery.lost_steps, recovery.seconds)
 
 
 @pytest.mark.parametrize(

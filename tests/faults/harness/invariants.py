@@ -116,7 +116,8 @@ def silent_ends(drill: Drill) -> Iterator[str]:
         for rank, process in enumerate(attempt.ranks):
             code = process.code
             assert code is not None, "a drill is judged when all its ranks have ended"
-            if code <= 0:
+            if code <= 0 or code > 128:
+                # Killed, or told by a second signal to leave at once.
                 continue
             if code not in known:
                 yield f"rank {rank} ended with {code}, which is no status of ours"

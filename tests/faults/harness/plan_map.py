@@ -2,13 +2,15 @@
 
 A test of tests/faults says its point in its name (`test_a1_...`). What tests elsewhere show stands
 in `ELSEWHERE`, what nothing shows yet in `MISSING`, with the reason. `write_map` makes the table in
-docs/reliability.md of the three:
+docs/reliability.md of the three, and `make faults` takes what only tests elsewhere show from here:
 
     python tests/faults/harness/plan_map.py
+    python tests/faults/harness/plan_map.py elsewhere
 """
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,6 +137,13 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
         f"{ENERGY}::test_two_ranks_have_the_run_of_one",
     ),
     "D3": ("trainer/test_reshard.py::test_two_ranks_then_one_then_four_go_on_as_one_straight_run",),
+    "E8": (
+        "trainer/test_resume.py::test_a_signal_finishes_the_step_saves_and_exits_with_zero",
+        "trainer/test_saving.py::test_asked_to_stop_too_late_a_run_leaves_at_its_newest_checkpoint",
+        "trainer/test_saving.py::test_a_run_that_waits_for_its_storage_stops_when_it_is_asked_to",
+        "launch/test_launch_torchrun.py::"
+        "test_sigterm_reaches_every_rank_once_and_the_run_goes_on_later",
+    ),
     "G1": (
         f"{PREPARE}::test_a_bad_row_is_named_by_file_number_and_reason",
         f"{PREPARE}::test_skipped_rows_are_counted_and_listed",
@@ -182,6 +191,16 @@ def tests_of(root: Path) -> dict[str, list[str]]:
     return found
 
 
+def only_elsewhere(root: Path) -> list[str]:
+    """Return the tests of the points that no test in tests/faults shows, as pytest takes them."""
+    return [
+        f"tests/{name}"
+        for names in tests_of(root).values()
+        if not any(name.startswith("faults/") for name in names)
+        for name in names
+    ]
+
+
 def functions_under(folder: Path) -> Iterator[tuple[Path, str]]:
     """Yield every test function below a folder."""
     for path in sorted(folder.rglob("test_*.py")):
@@ -205,4 +224,7 @@ def write_map(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_map(Path(__file__).resolve().parents[3])
+    if sys.argv[1:] == ["elsewhere"]:
+        print(*only_elsewhere(Path(__file__).resolve().parents[3]), sep="\n")
+    else:
+        write_map(Path(__file__).resolve().parents[3])
