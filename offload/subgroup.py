@@ -210,8 +210,10 @@ class SubgroupState:
         """Called by whoever is going to write to the state (master, moments, or weights that are
         the master), on his own thread: wait until everybody else is content, and count.
         """
-        if self.before_change is not None:
-            self.before_change(self)
+        # Asked once: whoever waits to be told may lose interest at any time, on another thread.
+        before_change = self.before_change
+        if before_change is not None:
+            before_change(self)
         self.version += 1
 
     def begin(self, home: Home) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from interlace.trainer.checkpoint import verify
 from interlace.trainer.checkpoint.failpoints import failpoint
 from interlace.trainer.checkpoint.files import remove_tree, sync_folder
+from interlace.trainer.errors import CheckpointError
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,7 +42,11 @@ def steps_to_remove(steps: Sequence[int], keep_last: int, keep_every_steps: int)
 
 def remove_old(checkpoints: Path, keep_last: int, keep_every_steps: int) -> Retention:
     """Remove the committed steps that `steps_to_remove` names; errors of the disk are returned."""
-    doomed = steps_to_remove(verify.list_steps(checkpoints), keep_last, keep_every_steps)
+    try:
+        committed = verify.list_steps(checkpoints)
+    except CheckpointError as error:
+        return Retention((), (str(error),))
+    doomed = steps_to_remove(committed, keep_last, keep_every_steps)
     if not doomed:
         return Retention((), ())
     trash = checkpoints / "trash"

@@ -74,9 +74,9 @@ class Snapshot:
     def _run(self) -> None:
         began = time.perf_counter()
         on_gpu = self.device.type == "cuda"
-        # Copies must not queue behind the kernels of the forward pass.
-        stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if on_gpu else nullcontext()
         try:
+            # Copies must not queue behind the kernels of the forward pass.
+            stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if on_gpu else nullcontext()
             with stream:
                 record = write_file(self.path, self._contents())
             self.written = record, index_of(self.path.name, self.parts)

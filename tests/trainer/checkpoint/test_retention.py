@@ -1,5 +1,6 @@
 """Retention keeps what it promises, and removes the rest whole."""
 
+import errno
 import logging
 import os
 import subprocess
@@ -153,6 +154,24 @@ def test_what_retention_cannot_move_is_told_and_stays(
         "[Errno 5] Input/output error (failpoint retain.mid)",
     )
     assert store.committed_steps() == [20, 30]
+
+
+def test_checkpoints_that_cannot_be_listed_just_now_stay_and_stop_nobody(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempt = store.begin_attempt()
+    for step in (10, 20):
+        save(store, step, attempt)
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.scandir", refuse)
+        retention = store.retain(keep_last=1, keep_every_steps=0)
+    assert retention.removed == ()
+    assert "cannot be listed (Input/output error)" in caplog.text
+    assert store.committed_steps() == [10, 20]
 
 
 @pytest.mark.parametrize("visit", [1, 2, 3])

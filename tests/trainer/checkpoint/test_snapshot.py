@@ -15,6 +15,7 @@ from interlace.kernels.update import clipped_sgd
 from interlace.offload.hardware import load_profile
 from interlace.offload.optimizer import OffloadedOptimizer
 from interlace.offload.schedule import Home
+from interlace.offload.subgroup import SubgroupState
 from interlace.trainer.checkpoint import ledger, live
 from interlace.trainer.checkpoint.ledger import Ledger, Pool
 from interlace.trainer.checkpoint.live import Source
@@ -200,6 +201,34 @@ def test_a_save_that_is_given_up_lets_updates_go_on_and_leaves_no_file(
     assert snapshot.written is None
     assert snapshot.error == "this save was given up"
     assert list(tmp_path.iterdir()) == []
+    assert all(subgroup.before_change is None for subgroup in training.optimizer.subgroups)
+    training.optimizer.close()
+
+
+def test_a_save_may_end_just_when_an_update_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[SubgroupState] = []
+    answers = iter([told.append, None])
+    subgroup = Training(PARTS).optimizer.subgroups[0]
+    monkeypatch.setattr(
+        SubgroupState, "before_change", property(lambda _: next(answers)), raising=False
+    )
+    subgroup.about_to_change()
+    assert told == [subgroup]
+
+
+def test_a_writer_that_cannot_even_begin_says_so_and_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(_: torch.device) -> torch.cuda.Stream:
+        raise RuntimeError("the device has no stream left")
+
+    monkeypatch.setattr(torch.cuda, "Stream", refuse)
+    training = Training(PARTS)
+    training.step()
+    parts = [part for each in training.state.live() if (part := Source.of(each, 0)) is not None]
+    snapshot = Snapshot(parts, Pool(0), tmp_path / "file", torch.device("cuda"))
+    snapshot.wait()
+    assert snapshot.error == "RuntimeError: the device has no stream left"
     assert all(subgroup.before_change is None for subgroup in training.optimizer.subgroups)
     training.optimizer.close()
 
