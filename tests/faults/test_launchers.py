@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from ray_launch import steps_done, wait_until_gone
 
 from interlace.trainer.checkpoint.commit import CheckpointStore
 from interlace.trainer.ends import attempts_of, first_failure
@@ -63,18 +64,18 @@ def test_e9_a_launcher_that_is_killed_leaves_no_rank_and_the_same_words_go_on(
     acknowledged = committed(run)
     # Ranks hear of it from the kernel, finish their step and save.
     wait_until(lambda: processes_of(run) == [], 30)
-    saved = committed(run)
+    saved, taken = committed(run), steps_done(run)
     assert acknowledged <= saved < 60
     again = subprocess.Popen(
         [*words, f"run.dir={run}"], env=settings, stdout=subprocess.PIPE, text=True
     )
-    wait_until(lambda: committed(run) > saved, 200)
+    wait_until(lambda: steps_done(run) > taken, 200)
     recovered = time.time() - killed
     said, _ = again.communicate(timeout=200)
     assert again.returncode == 0, said
     assert f"resumed from the checkpoint of step {saved}" in said
     assert losses_of(run) == losses_of(straight)
-    record_fault("launcher killed, started again by hand", 0, recovered)
+    record_fault("launcher killed, started again by hand", taken - saved, recovered)
 
 
 def test_e1_when_a_rank_of_one_machine_is_killed_the_launchers_of_both_start_again(
@@ -99,11 +100,15 @@ def test_e1_when_a_rank_of_one_machine_is_killed_the_launchers_of_both_start_aga
         for _ in range(2)
     ]
     wait_until(lambda: committed(run) >= 5, 200)
-    before = committed(run)
-    (victim,) = (process for process in processes_of(run) if is_rank(process, 1))
+    first, victim = (
+        next(process for process in processes_of(run) if is_rank(process, rank)) for rank in (0, 1)
+    )
     os.kill(victim, signal.SIGKILL)
-    killed, taken = time.time(), len(losses_of(run))
-    wait_until(lambda: committed(run) > before + 5, 300)
+    killed = time.time()
+    # Until it notices, the other one goes on.
+    wait_until_gone([first], 60)
+    taken = steps_done(run)
+    wait_until(lambda: steps_done(run) > taken, 300)
     recovered = time.time() - killed
     said = [machine.communicate(timeout=300)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
@@ -157,3 +162,20 @@ def test_e10_when_every_start_fails_pauses_grow_and_there_is_an_end(
     record = run / "ends" / f"attempt-{tried + 1}" / "rank-0.json"
     assert json.loads(record.read_text(encoding="utf-8"))["kind"] == end.kind
     assert committed(run) == 0
+
+
+def test_c5_memory_that_runs_out_again_ends_the_launch_after_one_more_try(
+    tiny: Sequence[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [*LAUNCH, *tiny, f"run.dir={run}", "--max-restarts", "9"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "INTERLACE_FAILPOINT": "step.forward@3:nomem"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == Exit.MEMORY, done.stderr
+    assert re.findall(r"start (\d) of 9 from step 0", done.stderr) == ["1"]
+    assert attempts_of(run) == [1, 2]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from ranks import run_on_ranks
+from tiny_run import config_of
 
 from interlace.trainer.assembly import open_run
 from interlace.trainer.checkpoint.commit import CheckpointStore
@@ -158,6 +159,19 @@ def test_f3_the_rule_goes_on_after_a_kill_as_if_there_had_been_none(
     assert [record["step"] for record in records_of(killed) if "skipped" in record] == [14]
     assert progress_of(killed, 20) == progress_of(undisturbed, 20)
     assert progress_of(killed, 20).spikes.recent == (14,)
+
+
+def test_f3_a_new_start_remembers_the_values_that_steps_are_held_against(
+    tiny: Sequence[str], tmp_path: Path
+) -> None:
+    config = config_of(tiny, tmp_path / "run", *SPIKES, "train.steps=8")
+    with open_run(config, World()) as run:
+        assert next(step for step in finished_steps(run) if step == 4)
+        run.conclude()
+        before = run.progress
+    assert (len(before.spikes.losses), len(before.spikes.norms)) == (5, 5)
+    with open_run(config, World()) as again:
+        assert again.progress == before
 
 
 def digest_of_folder(folder: Path) -> dict[str, str]:
