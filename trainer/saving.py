@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from interlace.trainer.checkpoint.interval import Costs
 from interlace.trainer.checkpoint.ledger import Pool
 from interlace.trainer.checkpoint.pace import Pace
-from interlace.trainer.checkpoint.saves import Save, Target, save
+from interlace.trainer.checkpoint.saves import Save, Target, save, settle
 from interlace.trainer.checkpoint.state import Progress
 from interlace.trainer.errors import Preempted, SaveError, StorageError
 from interlace.trainer.observe.console import Console
@@ -132,12 +133,24 @@ class Saving:
         except SaveError as error:
             self.failed(error, done.progress.step, progress)
             return
-        self.committed(done)
+        self.committed(done.progress.step, done.costs)
 
-    def committed(self, done: Save) -> None:
-        """Take note of a checkpoint that was committed; let old ones go."""
-        self.saved_step, self.failures = done.progress.step, 0
-        if told := self.pace.learn(done.costs):
+    def save_now(self, progress: Progress) -> None:
+        """Commit the present state, waiting for it.
+
+        Raises:
+            SaveError: Some rank could not write, or rank 0 not commit.
+            Superseded: A newer start of the run has taken over.
+        """
+        done = save(self.target, self.parts.state, progress)
+        self.committed(progress.step, done.costs)
+
+    def committed(self, step: int, costs: Costs | None = None) -> None:
+        """Take note of a checkpoint that was committed, and of its costs if they are known; let old
+        ones go.
+        """
+        self.saved_step, self.failures = step, 0
+        if costs is not None and (told := self.pace.learn(costs)):
             self.console.note(told)
         if self.on_commit is not None:
             self.on_commit(self.saved_step)
@@ -163,19 +176,27 @@ class Saving:
         if self.failures > 1:
             self.insist(progress, error)
 
-    def insist(self, progress: Progress, error: SaveError) -> None:
+    def insist(self, progress: Progress, error: SaveError, concluding: bool = False) -> None:
         """Save the present state after one or more pauses, each twice as long as the one before.
+
+        Args:
+            progress: The run's counters.
+            error: Why it could not be saved.
+            concluding: Whether the run stops afterwards anyway.
 
         Raises:
             StorageError: It failed every time, or there is no time to try.
         """
         pause, tries = self.settings.retry_seconds, self.settings.tries
         for number in range(1, tries + 1):
-            if not self.paused(pause):
+            if not self.paused(pause, concluding):
                 break
             pause *= 2
             try:
-                self.committed(save(self.target, self.parts.state, progress))
+                if settle(self.target, self.parts.world, progress.step):
+                    self.committed(progress.step)
+                else:
+                    self.save_now(progress)
             except SaveError as again:
                 error = again
                 step = progress.step
@@ -189,16 +210,19 @@ class Saving:
             f"{self.settings.retry_seconds:g} say how long that is waited for"
         )
 
-    def paused(self, seconds: float) -> bool:
-        """Wait, on all ranks alike; return False, early, if one of them is asked to stop."""
+    def paused(self, seconds: float, concluding: bool = False) -> bool:
+        """Wait, on all ranks alike; return False, early, if one of them is asked to stop. A run
+        that stops anyway waits unless there is no time for that and a save.
+        """
         end = time.monotonic() + seconds
         while True:
-            waits = self.parts.world.is_main and time.monotonic() < end
-            asked = torch.tensor([float(self.stop.received), float(waits)])
+            left = end - time.monotonic()
+            waits = self.parts.world.is_main and left > 0
+            late = self.stop.seconds_left < max(left, 0.0) + self.pace.expected_seconds
+            asked = torch.tensor([float(late if concluding else self.stop.received), float(waits)])
             stops, waiting = self.parts.world.sum(asked).tolist()
             if stops or not waiting:
                 return not stops
-            self.parts.heartbeat.beat()
             self.parts.heartbeat.beat()
             time.sleep(min(LOOK_SECONDS, seconds))
 
@@ -221,10 +245,10 @@ class Saving:
             return
         self.require_time(progress, 0.0)
         try:
-            self.committed(save(self.target, self.parts.state, progress))
+            self.save_now(progress)
         except SaveError as error:
             self.console.note(f"checkpoint at step {progress.step} failed: {error}")
-            self.insist(progress, error)
+            self.insist(progress, error, concluding=True)
 
     def require_time(self, progress: Progress, spent: float) -> None:
         """Do nothing if the time that is left is enough for a save; every rank calls this.

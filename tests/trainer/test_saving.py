@@ -1,6 +1,9 @@
 """Saves beside training: what is committed, what is done about failures, and how a run stops."""
 
+import errno
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +13,10 @@ from tiny_run import config_of
 
 from interlace.trainer import saving
 from interlace.trainer.assembly import open_run
-from interlace.trainer.checkpoint import snapshot
+from interlace.trainer.checkpoint import commit, snapshot
 from interlace.trainer.checkpoint.commit import CheckpointStore
 from interlace.trainer.checkpoint.failpoints import forget_visits
-from interlace.trainer.checkpoint.files import write_file
+from interlace.trainer.checkpoint.files import sync_folder, write_file
 from interlace.trainer.checkpoint.interval import Costs
 from interlace.trainer.errors import Preempted, SaveError, StorageError
 from interlace.trainer.exits import Exit, status_of
@@ -148,6 +151,77 @@ def test_a_run_that_waits_for_its_storage_stops_when_it_is_asked_to(
     with pytest.raises(StorageError, match="cannot be saved"):
         train(config, World(), stop=stop)
     assert stop.received
+
+
+def test_a_run_that_is_asked_to_stop_tries_again_to_save(
+    storage: Storage, tiny: Sequence[str], tmp_path: Path
+) -> None:
+    storage.failures = iter([False, True, True, False])
+    with running(tiny, tmp_path, *SHORT, *QUICK) as run:
+        for step in finished_steps(run):
+            if step == 3:
+                run.stop.ask("notice", 600.0)
+            if run.stop_requested:
+                break
+        run.conclude()
+    assert list(stored(tmp_path / "run")) == [3, 5]
+
+
+def test_a_run_that_has_no_time_to_try_again_does_not_wait(
+    storage: Storage, tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.failures = iter([False] + [True] * 9)
+    words = (*SHORT, "checkpoint.retry_seconds=3000.0")
+    with pytest.raises(StorageError, match="after step 5"), running(tiny, tmp_path, *words) as run:
+        for step in finished_steps(run):
+            if step == 3:
+                run.stop.ask("notice", 600.0)
+            if run.stop_requested:
+                break
+        monkeypatch.setattr(saving.time, "sleep", lambda _: pytest.fail("it waited"))
+        run.conclude()
+
+
+def test_a_commit_whose_last_fsync_failed_counts_once_that_succeeds(
+    tiny: Sequence[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failures = iter([True, True])
+
+    def fail_at_first(folder: Path) -> None:
+        if (folder / "00000012").exists() and next(failures, False):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync_folder(folder)
+
+    monkeypatch.setattr(commit, "sync_folder", fail_at_first)
+    commits: list[int] = []
+    train(config_of(tiny, tmp_path / "run", *SHORT, *QUICK), World(), on_commit=commits.append)
+    assert commits == [3, 6, 9, 12] == list(stored(tmp_path / "run"))
+    told = capsys.readouterr().out
+    assert "checkpoint at step 12, try 1 of 3: " in told
+    assert "already committed" not in told
+
+
+@pytest.mark.parametrize("words", [(), ("checkpoint.asynchronous=false",)])
+def test_a_save_that_is_waited_for_takes_no_longer_than_a_clock_says(
+    words: Sequence[str], tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: Path, chunks: object) -> object:
+        time.sleep(0.5)
+        return write_file(path, chunks)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(snapshot, "write_file", write)
+    with running(tiny, tmp_path, "train.steps=3", *words) as run:
+        next(finished_steps(run))
+        began = time.perf_counter()
+        run.saving.begin(run.progress)
+        run.saving.publish(run.progress)
+        spent = time.perf_counter() - began
+    [costs] = run.saving.pace.measured
+    assert 0.5 <= costs.persist <= spent
+    assert 0.5 <= costs.stall <= spent
 
 
 @contextmanager

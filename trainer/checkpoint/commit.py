@@ -224,6 +224,27 @@ class CheckpointStore:
             raise
         return target
 
+    def settle(self, step: int, attempt: int) -> bool:
+        """Return whether `publish` had made the step visible before it failed, and make sure then
+        that it survives a power cut. Otherwise such a step could neither be saved again nor be told
+        as saved.
+
+        Raises:
+            Superseded: The attempt is not the live one.
+            SaveError: The disk still fails.
+        """
+        self.require_live(attempt)
+        try:
+            if self.read_manifest(step).attempt != attempt:
+                return False
+        except CheckpointError:
+            return False
+        with saving(self.folder):
+            sync_folder(self.folder / "committed")
+            sync_folder(self.folder / "inflight")
+            acknowledge(step, attempt)
+        return True
+
     def abandon(self, step: int, attempt: int) -> None:
         """Remove what a failed save wrote, if anything; a problem is logged, never raised."""
         _log_problems(remove_all([self.inflight_path(step, attempt)]))

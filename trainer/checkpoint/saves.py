@@ -55,6 +55,7 @@ class Save:
         snapshot: This rank's part.
         began: Seconds on `time.perf_counter`.
         stood_still: Seconds that training waited for this save between steps.
+        waited: Those among them during which this rank's file was still being written.
     """
 
     def __init__(self, target: Target, state: TrainingState, progress: Progress) -> None:
@@ -63,6 +64,7 @@ class Save:
         self.progress = progress
         self.began = time.perf_counter()
         self.stood_still = 0.0
+        self.waited = 0.0
         # By value, before training changes it.
         self.random_state = RandomState.capture(world.device)
         sources = [Source.of(live, world.rank) for live in state.live()]
@@ -99,7 +101,8 @@ class Save:
     def costs(self) -> Costs:
         """What this save has cost, once it is committed."""
         held_up = self.snapshot.ledger.claiming_seconds
-        return Costs(self.stood_still + held_up, self.stood_still + self.snapshot.seconds)
+        beside = self.stood_still - self.waited
+        return Costs(self.stood_still + held_up, beside + self.snapshot.seconds)
 
     def publish(self) -> None:
         """Commit what all ranks have written, waiting for those that have not; every rank calls
@@ -111,6 +114,7 @@ class Save:
         """
         entered = time.perf_counter()
         self.snapshot.wait()
+        self.waited = time.perf_counter() - entered
         failure = self._publish()
         self.stood_still += time.perf_counter() - entered
         if failure is not None:
@@ -172,6 +176,22 @@ def save(target: Target, state: TrainingState, progress: Progress) -> Save:
     begun = Save.begin(target, state, progress)
     begun.publish()
     return begun
+
+
+def settle(target: Target, world: World, step: int) -> bool:
+    """Return whether a save of this start that failed is a checkpoint all the same, and see that it
+    lasts; every rank calls this.
+
+    Raises:
+        SaveError: The disk still fails.
+        Superseded: A newer start of the run has taken over.
+    """
+    settled: list[bool] = []
+    store, attempt = target.store, target.attempt
+    failure = attempt_on_main(world, lambda: settled.append(store.settle(step, attempt)))
+    if failure is not None:
+        raise failure
+    return world.broadcast(settled == [True])
 
 
 def attempt_on_main(world: World, action: Callable[[], object]) -> Failure | None:
