@@ -39,6 +39,7 @@ def digest(state):
 with process_group() as world:
     config = load_recipe(WORDS[0], WORDS[1:]).config
     with open_run(config, world) as run:
+        damage(run, world.rank)
         digests = [digest(run.parts.state)]
         for step in run.remaining_steps():
             if step == COUNT:
@@ -50,11 +51,30 @@ with process_group() as world:
 """
 """Takes so many steps and leaves this rank's digest after each, and its counters at the end."""
 
+NO_DAMAGE = """
+def damage(run, rank):
+    pass
+"""
 
-def told_by_ranks(words: Sequence[str], count: int, home: Path) -> list[dict[str, Any]]:
+IN_THE_LOSS = """
+from dataclasses import replace
+def damage(run, rank):
+    usual = run.parts.objective.loss
+    def loss(model, batch):
+        found = usual(model, batch)
+        wrong = rank == 1 and batch.step == 4
+        return replace(found, mean_nll=found.mean_nll * float("nan")) if wrong else found
+    run.parts.objective.loss = loss
+"""
+"""In step 5 the loss of rank 1 is NaN, and no gradient is."""
+
+
+def told_by_ranks(
+    words: Sequence[str], count: int, home: Path, damage: str = NO_DAMAGE
+) -> list[dict[str, Any]]:
     """Take steps on two ranks; return what each of them left."""
     run = home / "run"
-    script = f"WORDS, COUNT = {[*words, f'run.dir={run}']!r}, {count}\n{STEPS}"
+    script = f"WORDS, COUNT = {[*words, f'run.dir={run}']!r}, {count}\n{damage}\n{STEPS}"
     done = run_on_ranks(script, home)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((run / f"told-{rank}.json").read_text()) for rank in range(2)]
@@ -70,20 +90,21 @@ def progress_of(run: Path, step: int) -> Progress:
     return open_checkpoint(CheckpointStore(run / "checkpoints"), step).scalars.progress
 
 
-def test_f1_a_gradient_that_is_nan_on_one_rank_skips_the_step_on_all_and_changes_nothing(
+def test_f1_a_gradient_or_a_loss_that_is_nan_on_one_rank_skips_the_step_on_all_and_changes_nothing(
     tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INTERLACE_FAILPOINT", "step.loss@3:nan")
     monkeypatch.setenv("INTERLACE_FAILPOINT_RANK", "1")
-    first, second = told_by_ranks(tiny, 4, tmp_path)
+    first, second = told_by_ranks(tiny, 6, tmp_path, IN_THE_LOSS)
     assert first["progress"] == second["progress"]
-    assert first["progress"]["step"] == 4
-    assert first["progress"]["skipped_steps"] == 1
+    assert first["progress"]["step"] == 6
+    assert first["progress"]["skipped_steps"] == 2
     assert first["progress"]["skipped_in_a_row"] == 0
     for told in (first, second):
         before = told["digests"]
         assert before[3] == before[2]
-        assert len(set(before)) == 4
+        assert before[5] == before[4]
+        assert len(set(before)) == 5
 
 
 @pytest.mark.faults

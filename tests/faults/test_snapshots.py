@@ -237,6 +237,25 @@ def test_c3_a_failure_in_the_background_surfaces_at_the_next_step_and_at_the_end
     assert CheckpointStore(tmp_path / "run" / "checkpoints").committed_steps() == []
 
 
+def test_c3_what_another_rank_could_not_write_is_given_up_on_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stamps = Stamps("none", tmp_path, Pool(None))
+    stamps.update()
+    save = Save.begin(stamps.target, stamps.state, Progress(step=1))
+
+    def both(_: World, own: tuple[object, object]) -> list[tuple[object, object]]:
+        return [own, ("the disk of rank 1 is full", own[1])]
+
+    monkeypatch.setattr(World, "gather", both)
+    with pytest.raises(SaveError, match="the disk of rank 1 is full"):
+        save.publish()
+    store = stamps.target.store
+    assert store.committed_steps() == []
+    assert list((store.folder / "inflight").iterdir()) == []
+    stamps.optimizer.close()
+
+
 def held() -> tuple[int, int, int]:
     """Return how many descriptors, threads and children this process has."""
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
