@@ -8,6 +8,7 @@ import subprocess
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from interlace.launch.launchers.ray.cluster import (
 from interlace.launch.launchers.ray.console import Forwarded
 from interlace.launch.launchers.ray.driving import trainer_of
 from interlace.launch.launchers.ray.request import Request, Workers, even_counts, request_of
+from interlace.launch.launchers.ray.stranger import admitted
 from interlace.launch.launchers.ray.terminal import Terminal, recovery_lines
 from interlace.launch.launchers.ray.worker import appears
 from interlace.trainer.config import load_recipe
@@ -253,3 +255,30 @@ def test_two_ranks_of_ray_train_as_two_of_torchrun_and_nearly_as_one(
     assert steps[0] == steps[1]
     assert len(steps[1]) == 4
     assert done[2].stderr == ""
+
+
+@pytest.mark.parametrize(("status", "lets_in"), [("UNAUTHENTICATED", False), ("NOT_FOUND", True)])
+def test_a_server_for_clients_that_answers_without_a_token_is_open(
+    status: str, lets_in: bool
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    grpc: Any = pytest.importorskip("grpc")
+
+    class Server(grpc.GenericRpcHandler):
+        """Answers every call with one status, as Ray's does a client that it does not know."""
+
+        def service(self, handler_call_details: Any) -> Any:
+            def answer(request: Any, context: Any) -> bytes:
+                context.abort(grpc.StatusCode[status], "")
+                return b""
+
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Server()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        assert admitted(f"ray://127.0.0.1:{port}") == lets_in
+    finally:
+        server.stop(None)

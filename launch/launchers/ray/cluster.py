@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 import interlace
 from interlace.launch.launchers.ray.request import CPU_WORKERS, Request, Workers
+from interlace.launch.launchers.ray.stranger import CLIENT
 from interlace.launch.launchers.torchrun import threads_of_each
 from interlace.trainer.errors import ConfigError
 
@@ -176,7 +177,9 @@ def join(request: Request, folder: Path) -> Cluster:
             ]
         ) from error
     if not request.allow_open_cluster:
-        require_token(request.address, ray.get_runtime_context().gcs_address)
+        client = request.address.startswith(CLIENT)
+        control = request.address if client else ray.get_runtime_context().gcs_address
+        require_token(request.address, control)
     gpus = int(ray.cluster_resources().get("GPU", 0))
     workers = request.workers or Workers(gpus or CPU_WORKERS, gpus or CPU_WORKERS)
     return Cluster(False, folder, workers, request.cpus_per_worker or 1, gpus, sys.stdout)
@@ -187,7 +190,7 @@ def require_token(address: str, control: str) -> None:
 
     Args:
         address: As it was typed.
-        control: Where its control store listens.
+        control: Where its control store listens, or its server for clients, `ray://HOST:PORT`.
 
     Raises:
         ConfigError: It does.
