@@ -133,13 +133,6 @@ def soak(drill: MakeDrill, judge: Judge) -> Soak:
     return Soak(drill, judge, random.Random(20_260_110), seconds)
 
 
-def test_j1_three_random_faults_change_nothing(soak: Soak) -> None:
-    for _ in range(3):
-        soak.next_fault()
-    soak.run.finish(RANKS)
-    soak.judge(soak.run, RANKS)
-
-
 @pytest.mark.faults
 def test_j1_minutes_of_random_faults_change_nothing(
     soak: Soak, soak_minutes: float, record_fault: RecordFault
