@@ -109,8 +109,8 @@ def open_run(
             console.close()
             if metrics is not None:
                 metrics.close()
-                if parts.folder.store.live_attempt() == parts.attempt:
-                    leave_pictures(parts.folder.path)
+                if stop.seconds_left >= PICTURE_SECONDS:
+                    leave_pictures(parts.folder, parts.attempt)
         if world.is_main:
             conclude(run)
     world.barrier()
@@ -343,10 +343,13 @@ def describe(
     shutil.copyfile(corpus.folder / TOKENIZER_NAME, run_dir / TOKENIZER_NAME)
 
 
-def leave_pictures(run_dir: Path) -> None:
-    """Draw pictures if disk and memory have room for them: how the run ended must not be hidden."""
+def leave_pictures(folder: RunFolder, attempt: int) -> None:
+    """Draw pictures, unless a newer start has taken over, if disk and memory have room for them:
+    how the run ended must not be hidden.
+    """
     try:
-        draw_pictures(run_dir)
+        if folder.store.live_attempt() == attempt:
+            draw_pictures(folder.path)
     # ImportError: a library that does not fit into memory any more.
     except (OSError, MemoryError, ImportError) as error:
         print(f"no pictures of this run: {error}")

@@ -94,7 +94,9 @@ class Saving:
         self.pace.step_done()
         heard, self.heard = self.heard, {}
         if self.under_way is not None and heard.get("persist_failed"):
-            # What the other ranks write is of no use any more.
+            # What the other ranks write is of no use any more; one that waits for its disk takes as
+            # long to give up as to publish.
+            self.parts.heartbeat.enter("publish")
             self.under_way.snapshot.give_up()
         everybody = heard.get("persisted") == self.parts.world.size
         due = self.pace.is_due(progress.step, heard.get("save", 0.0) > 0)

@@ -103,6 +103,26 @@ def test_a_failure_is_told_within_a_step_and_training_goes_on(
     assert list(stored(tmp_path / "run")) == [3, 9, 12]
 
 
+def test_a_rank_that_gives_up_what_another_could_not_write_is_given_the_time_of_a_save(
+    tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases: list[str] = []
+    with running(tiny, tmp_path, *SHORT) as run:
+        for step in finished_steps(run):
+            if step == 2:
+                break
+        save = run.saving.under_way
+        assert save is not None
+
+        def give_up() -> None:
+            phases.append(run.heartbeat.pulse.phase)
+
+        monkeypatch.setattr(save.snapshot, "give_up", give_up)
+        run.saving.hear({"persist_failed": 1.0})
+        run.saving.save_if_due(run.progress)
+    assert phases == ["publish"]
+
+
 def test_two_failures_in_a_row_stop_the_run_after_some_more_tries(
     storage: Storage, tiny: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
