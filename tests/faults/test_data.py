@@ -103,6 +103,7 @@ def test_g2_a_worker_that_is_killed_loses_and_repeats_nothing(
     assert_same(corpus, undisturbed(parts, tmp_path))
 
 
+@pytest.mark.faults
 def test_g2_workers_that_are_killed_again_and_again_end_the_work_in_words(
     deadly: Callable[[str], PreparedCorpus], tmp_path: Path
 ) -> None:
@@ -305,6 +306,7 @@ def test_g4_a_run_longer_than_its_text_goes_through_it_again_and_resumes_exactly
     assert losses_of(run) == losses_of(straight)
 
 
+@pytest.mark.faults
 def test_g5_the_order_is_the_same_from_each_of_50_points_of_resumption(
     tiny: Sequence[str], tmp_path: Path
 ) -> None:

@@ -204,6 +204,7 @@ def digest_of_folder(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.faults
 def test_f4_a_branch_leaves_batches_out_and_the_run_it_came_from_alone(
     interlace: Interlace,
     losses_of: LossesOf,

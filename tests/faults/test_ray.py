@@ -263,16 +263,21 @@ def test_e8_a_machine_that_is_taken_away_with_notice_costs_no_step(
     with job.launch(*words, **SLOW, **notice, **nodes.environment) as launch:
         launch.wait_until(lambda: steps_done(job.run) >= 8)
         nodes.drain(next(each for each in machines if nodes.ranks_of(each)), 120)
+        store, taken = CheckpointStore(job.run / "checkpoints"), [0]
+        # A step takes longer than a look, so none is missed.
+        launch.wait_until(lambda: taken.append(steps_done(job.run)) or store.live_attempt() == 2)
         assert launch.wait() == 0, launch.printed()
         moved = re.search(
             r"attempt 2 goes on at step (\d+) on 2 ranks, ([0-9.]+) s after", launch.printed()
         )
     assert moved is not None, launch.printed()
     assert f"step {moved[1]} attempt 1 committed" in job.acks.read_text(encoding="utf-8")
+    assert max(taken) == int(moved[1])
     job.judge()
     for each in machines:
         kill(each)
-    record_fault("Ray: machine taken away with notice", 0, float(moved[2]))
+    lost = max(taken) - int(moved[1])
+    record_fault("Ray: machine taken away with notice", lost, float(moved[2]))
 
 
 def test_the_package_is_taken_along_to_workers_that_do_not_have_it(

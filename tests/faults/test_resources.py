@@ -77,6 +77,7 @@ def test_c5_other_errors_stay_what_they_are(tiny: Sequence[str], tmp_path: Path)
         raise MemoryShortage("state does not fit: lower it")
 
 
+@pytest.mark.faults
 def test_c5_a_run_that_is_short_of_memory_goes_on_from_its_newest_checkpoint(
     interlace: Callable[..., Any],
     tiny: Sequence[str],
