@@ -6,10 +6,13 @@ in the tensors of `TrainingState`; both are saved and restored as a whole.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
 from interlace.offload.hardware import resident_bytes
 from interlace.offload.report import UpdateReport
@@ -24,6 +27,8 @@ from interlace.trainer.diagnostics import (
     TakesLosses,
 )
 from interlace.trainer.guarding import Guarding
+from interlace.trainer.heartbeat import Heartbeat
+from interlace.trainer.models.model import Model
 from interlace.trainer.objectives import Loss
 from interlace.trainer.observe.console import Console, is_logged
 from interlace.trainer.observe.expert_load import describe_loads
@@ -157,7 +162,8 @@ class Run:
         for diagnostic in self.parts.diagnostics:
             if logged or isinstance(diagnostic, AskedEveryStep):
                 self.heartbeat.enter("diagnose")
-                self.notes.details.update(diagnostic.after_backward(step + 1))
+                with forwards_beat(self.parts.model, self.heartbeat):
+                    self.notes.details.update(diagnostic.after_backward(step + 1))
                 if isinstance(diagnostic, Draws):
                     self.notes.histograms.update(diagnostic.histograms())
                 if isinstance(diagnostic, LooksAtTensors):
@@ -167,7 +173,8 @@ class Run:
         """Ask those diagnostics that look at updates."""
         for diagnostic in self.parts.diagnostics:
             if isinstance(diagnostic, AskedAfterUpdate):
-                self.notes.details.update(diagnostic.after_update(step + 1))
+                with forwards_beat(self.parts.model, self.heartbeat):
+                    self.notes.details.update(diagnostic.after_update(step + 1))
 
     def update_or_skip(self, step: int, batch_loss: float, norm: float) -> None:
         """Clip and update; leave a step out whose numbers cannot be right, on all ranks alike.
@@ -265,3 +272,19 @@ class Run:
             StorageError: The last state could not be saved; the newest checkpoint is older.
         """
         self.saving.conclude(self.progress)
+
+
+@contextmanager
+def forwards_beat(model: Model, heartbeat: Heartbeat) -> Generator[None]:
+    """Take every forward pass for a sign of life while the context is open: a diagnostic may make
+    dozens of them between two marks of a step.
+    """
+
+    def beat(module: nn.Module, arguments: Any) -> None:
+        heartbeat.beat()
+
+    handle = model.register_forward_pre_hook(beat)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -114,6 +114,9 @@ def slurm(arguments: Namespace, recipe: Recipe) -> Job:
     claims = not arguments.dry_run and not recipe.config.run.dir
     if claims:
         run = fixed_run(arguments, recipe)
+    elif not arguments.dry_run:
+        # The log lies there from the start, and without it Slurm ends the job without a word.
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
     options = {
         "--gpus-per-node": arguments.gpus_per_node or None,
         "--partition": arguments.partition,

@@ -267,6 +267,20 @@ def test_without_slurm_a_dry_run_is_proposed(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_folder_that_the_log_goes_to_is_there_before_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Cluster(tmp_path, nodes=1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPOOL", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    run = tmp_path / "new" / "one"
+    assert main(["launch", "slurm", "quickstart", f"run.dir={run}"]) == 0
+    script = (tmp_path / "job.sh").read_text(encoding="utf-8")
+    assert f"#SBATCH --output={run}-slurm-%j.log" in script
+    assert run.parent.is_dir()
+
+
 def test_a_folder_is_not_taken_by_a_job_that_was_not_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
