@@ -224,24 +224,25 @@ def test_a_commit_whose_last_fsync_failed_counts_once_that_succeeds(
     assert "already committed" not in told
 
 
-@pytest.mark.parametrize("words", [(), ("checkpoint.asynchronous=false",)])
-def test_a_save_that_is_waited_for_takes_no_longer_than_a_clock_says(
-    words: Sequence[str], tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_save_takes_is_not_counted_twice_where_it_is_waited_for(
+    tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(path: Path, chunks: object) -> object:
         time.sleep(0.5)
         return write_file(path, chunks)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(snapshot, "write_file", write)
-    with running(tiny, tmp_path, "train.steps=3", *words) as run:
+    with running(tiny, tmp_path, "train.steps=3") as run:
         next(finished_steps(run))
         began = time.perf_counter()
         run.saving.begin(run.progress)
+        begun = time.perf_counter() - began
         run.saving.publish(run.progress)
         spent = time.perf_counter() - began
     [costs] = run.saving.pace.measured
-    assert 0.5 <= costs.persist <= spent
-    assert 0.5 <= costs.stall <= spent
+    # The writer starts within the beginning, which is the only time that may count twice.
+    assert 0.5 <= costs.persist <= spent + begun
+    assert costs.stall <= spent
 
 
 @contextmanager
