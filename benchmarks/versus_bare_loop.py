@@ -172,7 +172,7 @@ def main() -> None:
         config = load_recipe("quickstart", overrides).config
         with open_run(config, World()) as run:
             ours, bare = measure(run, arguments.rounds, arguments.steps)
-            run.saving.save(run.progress)
+            run.saving.conclude(run.progress)
     ratios = [one / other for one, other in zip(ours, bare, strict=True)]
     spread = statistics.stdev(ratios) / math.sqrt(len(ratios))
     print(f"\ntrainer    {statistics.median(ours):10,.0f} tokens/s (median of {len(ours)} rounds)")

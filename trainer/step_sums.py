@@ -51,9 +51,7 @@ class StepSums:
         before = self.loads or [torch.zeros_like(load) for load in loads]
         self.loads = [total + load for total, load in zip(before, loads, strict=True)]
 
-    def exchange(
-        self, world: World, flags: Mapping[str, float], seconds: float = 0.0
-    ) -> Exchanged:
+    def exchange(self, world: World, flags: Mapping[str, float], seconds: float = 0.0) -> Exchanged:
         """Add up over all ranks; each gives the same flags in the same order, and its seconds."""
         head = torch.tensor(
             [self.loss, *flags.values(), *self.details.values()], dtype=torch.float64

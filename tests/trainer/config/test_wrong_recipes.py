@@ -54,8 +54,8 @@ WRONG_OVERRIDES = {
     "guard.spike_sigmas=6 offload.overlap=backward optimizer.clip=0": "guard.spike_sigmas=6.0: "
     "whether a step is a spike is known after backward only, and offload.overlap=backward starts "
     "updates before; type offload.overlap=forward or guard.spike_sigmas=0",
-    "guard.check_state_every_steps=5": "guard.check_state_every_steps=5: offload.strategy=none keeps "
-    "no state on the host; type guard.check_state_every_steps=0 or another offload.strategy",
+    "guard.check_state_every_steps=5": "guard.check_state_every_steps=5: offload.strategy=none "
+    "keeps no state on the host; type guard.check_state_every_steps=0 or another offload.strategy",
     "watchdog.seconds=0.5": "watchdog.seconds=0.5: a machine that is busy may keep a rank waiting "
     "for so long; type watchdog.seconds=1 or more, or watchdog.seconds=0 to turn the watchdog off",
     "watchdog.straggler_factor=1.0": "watchdog.straggler_factor=1.0: half of all ranks take that "
