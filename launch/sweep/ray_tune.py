@@ -5,7 +5,6 @@ round ends when all of its trials have. The store must be a folder that all node
 here and nowhere else.
 """
 
-import importlib.util
 import logging
 import os
 import threading
@@ -14,27 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from interlace.launch.ray_extra import require_ray
 from interlace.launch.sweep.conducting import Ended, Job
 from interlace.launch.sweep.running import last_lines
 from interlace.launch.sweep.store import Store
-from interlace.trainer.errors import ConfigError
 
 CLOSING_SECONDS = 30.0
 
 ROUND = 10_000
 """Trials of one round at most."""
-
-
-def check_ray() -> None:
-    """Raise `ConfigError` if Ray Tune is not installed."""
-    missing = [name for name in ("ray", "pyarrow") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            [
-                f"--on ray: {' and '.join(missing)} cannot be imported; type  "
-                "pip install 'interlace[ray]'  or leave --on ray out to use this machine's cores"
-            ]
-        )
 
 
 @dataclass
@@ -58,7 +45,7 @@ class RayRunner:
     failure: list[BaseException] = field(default_factory=list[BaseException])
 
     def __post_init__(self) -> None:
-        check_ray()
+        require_ray("--on ray", "leave --on ray out to use this machine's cores")
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
         import ray
 

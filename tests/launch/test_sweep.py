@@ -597,14 +597,6 @@ def test_folders_that_are_files_are_refused(
         assert f"{option} {tmp_path / 'file'}: is a file; give a folder" in capsys.readouterr().err
 
 
-def test_without_ray_its_name_and_remedy_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from interlace.launch.sweep import ray_tune
-
-    monkeypatch.setattr(ray_tune.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"--on ray: .* pip install 'interlace\[ray\]'"):
-        ray_tune.check_ray()
-
-
 def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         build_parser().parse_args(["sweep", "--help"])

@@ -5,7 +5,6 @@ loopback interface, no dashboard, and a temporary folder of mode 0700 around Ray
 makes 0777. It ends with the context, and so do its files.
 """
 
-import importlib.util
 import logging
 import os
 import secrets
@@ -22,6 +21,7 @@ import interlace
 from interlace.launch.launchers.ray.request import CPU_WORKERS, Request, Workers
 from interlace.launch.launchers.ray.stranger import CLIENT
 from interlace.launch.launchers.torchrun import threads_of_each
+from interlace.launch.ray_extra import require_ray
 from interlace.trainer.errors import ConfigError
 
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -72,22 +72,10 @@ class Cluster:
     output: TextIO
 
 
-def check_ray() -> None:
-    """Raise `ConfigError` if Ray Train is not installed."""
-    missing = [name for name in ("ray", "pyarrow") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            [
-                f"launch ray: {' and '.join(missing)} cannot be imported; type  "
-                "pip install 'interlace[ray]'  or use  interlace launch torchrun"
-            ]
-        )
-
-
 @contextmanager
 def connected(request: Request) -> Generator[Cluster]:
     """Start a Ray of our own or join one; leave it, or end it, with the context."""
-    check_ray()
+    require_ray("launch ray", "use  interlace launch torchrun")
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     folder = Path(tempfile.mkdtemp(prefix="interlace-ray-"))
