@@ -5,6 +5,7 @@ ranks; what is told of safety are departures from how the program leaves things 
 """
 
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -120,8 +121,9 @@ def old_libraries() -> list[str]:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-        first, second = (int(part) for part in version.split(".")[:2])
-        if (first, second) < (major, minor):
+        # A release candidate, `5.0rc1`, counts as its release.
+        numbers = re.match(r"(\d+)\.(\d+)", version)
+        if numbers is not None and (int(numbers[1]), int(numbers[2])) < (major, minor):
             found.append(f"{name} {version}: {what}; type  pip install '{name}>={major}.{minor}'")
     return found
 

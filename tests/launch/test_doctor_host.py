@@ -77,7 +77,7 @@ def test_what_is_open_to_others_is_named_with_what_closes_it(
     (quiet_home / "ray").chmod(0o777)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setattr("os.getuid", lambda: 0)
-    old = {"torch": "2.9.1+cu128", "transformers": "5.3.0", "ray": "2.9"}
+    old = {"torch": "2.9.1+cu128", "transformers": "5.3rc1", "ray": "2.9"}
     monkeypatch.setattr(metadata, "version", old.__getitem__)
     folders, *ray, root = warnings_here(quiet_home)[2:]
     assert warnings_here(quiet_home)[:2] == [
