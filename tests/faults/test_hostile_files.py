@@ -314,8 +314,12 @@ def test_i7_a_hostile_recipe_in_a_run_or_model_folder_is_refused(kind: str, tmp_
         read_recipe(tmp_path)
 
 
-def test_i7_only_plugins_that_a_recipe_names_are_run(tmp_path: Path) -> None:
+def test_i7_only_plugins_that_a_recipe_names_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are the one door through which a recipe brings code; see docs/plugins.md."""
+    # Else workers of tests after this one would be given them too.
+    monkeypatch.setattr("interlace.trainer.registry.LOADED", [])
     sentinel = tmp_path / "ran"
     for name in ("named", "beside"):
         text = f"from pathlib import Path\nPath({str(sentinel)!r} + '-{name}').mkdir()\n"

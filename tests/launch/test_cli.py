@@ -32,6 +32,7 @@ def test_a_run_folder_explains_itself(run: Path) -> None:
     assert names == {
         "checkpoints",
         "config.toml",
+        "ends",
         "environment.json",
         "loss.png",
         "metrics.jsonl",

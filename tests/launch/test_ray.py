@@ -233,6 +233,7 @@ def test_a_file_that_others_have_written_is_seen(
     assert not appears(tmp_path / "elsewhere" / "marker")
 
 
+@pytest.mark.long
 def test_two_ranks_of_ray_train_as_two_of_torchrun_and_nearly_as_one(
     interlace: Interlace, tiny: Sequence[str], losses_of: LossesOf, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ def loss_values(run: Path) -> torch.Tensor:
     return torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64)
 
 
+@pytest.mark.long
 def test_two_ranks_then_one_then_four_go_on_as_one_straight_run(
     interlace: Callable[..., Any], tiny: Sequence[str], tmp_path: Path
 ) -> None:

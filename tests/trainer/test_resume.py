@@ -49,7 +49,8 @@ def straight(
     return run_of
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_killed_at_every_point_has_the_losses_of_the_straight_run(
     ranks: int,
     interlace: Callable[..., Any],
