@@ -121,14 +121,8 @@ def add_slurm(places: AddParser) -> None:
     summary = "a Slurm job that goes back to the queue until the run is finished"
     slurm = described(places, "slurm", summary, SLURM_EXAMPLES)
     add_run_words(slurm)
-    slurm.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
-    slurm.add_argument(
-        "--gpus-per-node",
-        type=int,
-        default=8,
-        metavar="G",
-        help="GPUs of each (default 8; 0: none)",
-    )
+    add_nodes(slurm)
+    add_gpus_of_each(slurm)
     slurm.add_argument(
         "--time", default="24:00:00", metavar="[D-]H:M:S", help="time limit (default 24:00:00)"
     )
@@ -150,14 +144,8 @@ def add_kubernetes(places: AddParser) -> None:
     summary = "a RayJob for a Kubernetes cluster with KubeRay"
     kubernetes = described(places, "kubernetes", summary, KUBERNETES_EXAMPLES)
     add_run_words(kubernetes, resumes=False)
-    kubernetes.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
-    kubernetes.add_argument(
-        "--gpus-per-node",
-        type=int,
-        default=8,
-        metavar="G",
-        help="GPUs of each (default 8; 0: none)",
-    )
+    add_nodes(kubernetes)
+    add_gpus_of_each(kubernetes)
     add_image_and_volume(kubernetes)
     kubernetes.add_argument("--namespace", metavar="NAME", help="namespace of the job")
     add_dry_run(kubernetes, "kubectl")
@@ -168,12 +156,28 @@ def add_skypilot(places: AddParser) -> None:
     summary = "a managed job of SkyPilot, on whichever cloud has room"
     skypilot = described(places, "skypilot", summary, SKYPILOT_EXAMPLES)
     add_run_words(skypilot, resumes=False)
-    skypilot.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
+    add_nodes(skypilot)
     skypilot.add_argument(
         "--accelerators", default="H100:8", metavar="NAME:N", help="GPUs of each (default H100:8)"
     )
     add_image_and_volume(skypilot)
     add_dry_run(skypilot, "sky")
+
+
+def add_nodes(launcher: argparse.ArgumentParser) -> None:
+    """Add how many machines a job asks for."""
+    launcher.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default 1)")
+
+
+def add_gpus_of_each(launcher: argparse.ArgumentParser) -> None:
+    """Add how many GPUs each machine of a job has."""
+    launcher.add_argument(
+        "--gpus-per-node",
+        type=int,
+        default=8,
+        metavar="G",
+        help="GPUs of each (default 8; 0: none)",
+    )
 
 
 def add_image_and_volume(launcher: argparse.ArgumentParser) -> None:
