@@ -12,7 +12,6 @@ standard input:
 A rank ends by itself, as `interlace` does, or is killed by those who ordered it.
 """
 
-import ctypes
 import importlib
 import json
 import os
@@ -24,7 +23,8 @@ from typing import Any, NoReturn
 
 from rank_hooks import apply
 
-PARENT_DEATH_SIGNAL = 1
+from interlace.launch.launchers.parents import end_with_parent
+
 MODULES = (
     "interlace.kernels.update.cpu",
     "interlace.launch.commands",
@@ -44,7 +44,7 @@ MODULES = (
 def become_rank(order: dict[str, Any]) -> NoReturn:
     """Run one command of `interlace` in this process, and end it."""
     # No rank outlives the test that started it, however that ends.
-    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     nothing = os.open(os.devnull, os.O_RDONLY)
     sys.stdout.reconfigure(line_buffering=True)
