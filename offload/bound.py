@@ -92,7 +92,7 @@ def members_of(subgroups: Sequence[Subgroup]) -> Members:
 
 def slot_sizes(members: Members) -> list[SlotSize]:
     """Return the slots worth trying; none at all first."""
-    every = [sizes * float(f.staged_copy) for f, sizes in members.items()]
+    every = [sizes * float(f.copied_in) for f, sizes in members.items()]
     sizes: list[float] = np.unique(np.concatenate(every)).tolist()
     count = min(INTERVALS, len(sizes))
     ends = [len(sizes) * (n + 1) // count for n in range(count)]
@@ -173,7 +173,7 @@ class Program:
         self.scale = float(max(1, sum(counts)))
         self.totals = [count / self.scale for count in counts]
         self.stageable = [
-            int(sizes[sizes * f.staged_copy <= largest].sum()) / self.scale
+            int(sizes[sizes * f.copied_in <= largest].sum()) / self.scale
             for f, sizes in members.items()
         ]
         self.slots = slots
@@ -285,7 +285,7 @@ def state_speeds(rates: OffloadRates, members: Members) -> list[dict[str, float]
 def demands_of(work: Work, footprint: Footprint) -> dict[str, float]:
     """Return the host memory per second that each kind of piece uses alone."""
     bytes_of = {
-        "copy_in": footprint.staged_copy,
+        "copy_in": footprint.copied_in,
         "weights": footprint.weight,
         "copy_out": footprint.staged_copy,
         "cpu": footprint.host_update_dram,

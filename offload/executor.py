@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 
 from interlace.kernels.update import Slab, Step, update, update_many
@@ -18,7 +19,14 @@ from interlace.kernels.update.limit import Count
 from interlace.offload.lanes import Lanes, Ticket
 from interlace.offload.schedule import Home
 from interlace.offload.segments import Segment, merged, segments_of
-from interlace.offload.subgroup import MASTER, REMAINDER, Member, SubgroupState, version_of
+from interlace.offload.subgroup import (
+    GRADIENT,
+    MASTER,
+    REMAINDER,
+    Member,
+    SubgroupState,
+    version_of,
+)
 
 
 @dataclass
@@ -135,7 +143,7 @@ class Executor:
     def make_slots(self, subgroups: Sequence[SubgroupState]) -> None:
         """Give every slot room for the largest staged subgroup; between steps only."""
         staged = (subgroup for subgroup in subgroups if subgroup.home is Home.STAGED)
-        size = max((slot_bytes(subgroup.slabs) for subgroup in staged), default=0)
+        size = max((slot_bytes(subgroup.entering) for subgroup in staged), default=0)
         for slot in self.slots:
             if slot.memory.numel() != size:
                 slot.memory = self.memory(0)
@@ -189,11 +197,12 @@ class Executor:
         subgroup = work.subgroup
         subgroup.about_to_change()
         upload = None if subgroup.upload is subgroup.slabs[MASTER] else subgroup.upload
+        cast = upload if subgroup.casts else None
         slab = Slab(
             gradient=subgroup.gradient,
             master=subgroup.slabs[MASTER],
             moments=tuple(subgroup.slabs[name] for name in subgroup.layout.rule.moments),
-            weight=upload,
+            weight=None if cast is not None else upload,
             remainder=subgroup.slabs.get(REMAINDER),
         )
 
@@ -205,6 +214,8 @@ class Executor:
                     step = work.step(segment, 0)
                     cut = update(subgroup.layout.rule, slab, step, start=low, stop=high)
                     work.count(segment, cut)
+                    if cast is not None:
+                        cast_into(cast[low:high], slab.master[low:high])
 
         self.lanes.pool.over_range(subgroup.elements, share)
 
@@ -213,24 +224,25 @@ class Executor:
         subgroup = work.subgroup
         slot = self.slots[self.turn % len(self.slots)]
         self.turn += 1
-        inside = slot.cut(subgroup.slabs)
-        size = sum(slab.numel() * slab.element_size() for slab in subgroup.slabs.values())
+        entering = subgroup.entering
+        inside = slot.cut(entering)
+        leaving = {name: inside[name] for name in subgroup.slabs}
         issued = self.lanes.current_work()
         copied_in = self.lanes.h2d.submit(
-            partial(copy_all, inside, subgroup.slabs),
+            partial(copy_all, inside, entering),
             what="copy in",
             subgroup=subgroup.index,
-            bytes=size,
-            after=(*slot.freed, *subgroup.updating),
+            bytes=bytes_of(entering),
+            after=(*slot.freed, *subgroup.updating, *subgroup.arriving),
             completely=True,
         )
         # What holds a slot goes before resident subgroups, which can wait.
         updated = self.on_device(work, inside, (copied_in, issued), in_slot=True)
         copied_out = self.lanes.d2h.submit(
-            partial(copy_all, subgroup.slabs, inside),
+            partial(copy_all, subgroup.slabs, leaving),
             what="copy out",
             subgroup=subgroup.index,
-            bytes=size,
+            bytes=bytes_of(leaving),
             after=(updated,),
             completely=True,
         )
@@ -270,8 +282,18 @@ def update_members(work: Work, slabs: Mapping[str, torch.Tensor]) -> None:
         work.measure(segment, piece.gradient)
     for segment, cut in zip(work.segments, update_many(rule, pieces, steps), strict=True):
         work.count(segment, cut)
+    if subgroup.casts:
+        for segment in work.segments:
+            piece = slice(segment.start, segment.stop)
+            weight_of(segment).copy_(slabs[MASTER][piece])
     for member in work.arrived:
         member.version = version_of(member.parameter)
+
+
+def weight_of(segment: Segment) -> torch.Tensor:
+    """Return the weights of a segment, 1-D, where the model has them."""
+    first = segment.member.start
+    return segment.member.weight[segment.start - first : segment.stop - first]
 
 
 def device_piece(
@@ -279,15 +301,27 @@ def device_piece(
 ) -> Slab:
     """Return the slab of one segment, given a subgroup's slabs on the device."""
     piece = slice(segment.start, segment.stop)
-    first = segment.member.start
-    weight = segment.member.weight[segment.start - first : segment.stop - first]
+    weight = weight_of(segment)
     return Slab(
-        gradient=subgroup.gradient[piece],
+        gradient=slabs.get(GRADIENT, subgroup.gradient)[piece],
         master=slabs[MASTER][piece] if MASTER in slabs else weight,
         moments=tuple(slabs[name][piece] for name in subgroup.layout.rule.moments),
-        weight=weight if MASTER in slabs else None,
+        weight=weight if MASTER in slabs and not subgroup.casts else None,
         remainder=slabs[REMAINDER][piece] if REMAINDER in slabs else None,
     )
+
+
+def cast_into(weights: torch.Tensor, master: torch.Tensor) -> None:
+    """Round a part of a master to nearest even, on the calling thread alone."""
+    # Torch would start threads of its own on every thread of the pool. What float16 cannot hold
+    # becomes infinite, as it does there.
+    with np.errstate(over="ignore"):
+        weights.numpy()[:] = master.numpy()
+
+
+def bytes_of(slabs: Mapping[str, torch.Tensor]) -> int:
+    """Return the bytes of all slabs together."""
+    return sum(slab.numel() * slab.element_size() for slab in slabs.values())
 
 
 def upload_weights(work: Work) -> None:

@@ -7,13 +7,14 @@ from interlace.offload.schedule import Footprint, Home, MemoryBudget, MemoryShor
 
 def device_bytes(footprint: Footprint, home: Home) -> int:
     """Return the device memory of one parameter's state and gradient."""
-    kept = {Home.RESIDENT: footprint.resident_memory, Home.STAGED: footprint.gradient}
+    staged = 0 if footprint.gradient_with_state else footprint.gradient
+    kept = {Home.RESIDENT: footprint.resident_memory, Home.STAGED: staged}
     return kept.get(home, 0)
 
 
 def host_bytes(footprint: Footprint, home: Home) -> int:
     """Return the host memory of one parameter's state and gradient."""
-    kept = {Home.HOST: footprint.host_memory, Home.STAGED: footprint.staged_copy}
+    kept = {Home.HOST: footprint.host_memory, Home.STAGED: footprint.copied_in}
     return kept.get(home, 0)
 
 
@@ -24,7 +25,7 @@ def memory_needs(subgroups: Sequence[Subgroup], homes: Sequence[Home], slots: in
         device += subgroup.elements * device_bytes(subgroup.footprint, home)
         host += subgroup.elements * host_bytes(subgroup.footprint, home)
         if home is Home.STAGED:
-            slot = max(slot, subgroup.elements * subgroup.footprint.staged_copy)
+            slot = max(slot, subgroup.elements * subgroup.footprint.copied_in)
     return MemoryBudget(device + slots * slot, host)
 
 

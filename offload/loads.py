@@ -62,19 +62,20 @@ def rates_of(profile: HardwareProfile) -> OffloadRates:
 def work_of(rates: OffloadRates, footprint: Footprint, overhead: float = 0.0) -> Work:
     """Return what one parameter asks of the lanes, with its share of a piece's overhead."""
     up, down = rates.h2d_bytes_per_second, rates.d2h_bytes_per_second
-    state, weight = footprint.staged_copy, footprint.weight
+    entering, leaving, weight = footprint.copied_in, footprint.staged_copy, footprint.weight
     device = footprint.device_update / rates.device_update_bytes_per_second + overhead
     cpu = footprint.host_update / rates.cpu_update_bytes_per_second + overhead
     memory = rates.host_dram_bytes_per_second / rates.ranks_per_node
     on_host = footprint.host_dram - footprint.gradient
+    flush = footprint.gradient_copy / down
     return Work(
-        copy_in=(0.0, state / up + overhead, 0.0),
+        copy_in=(0.0, entering / up + overhead, 0.0),
         weights=(0.0, 0.0, weight / up + overhead),
-        copy_out=(0.0, state / down + overhead, 0.0),
+        copy_out=(0.0, leaving / down + overhead, 0.0),
         cpu=(0.0, 0.0, cpu),
         device=(device, device, 0.0),
         dram=(0.0, footprint.staged_dram / memory, on_host / memory),
-        flush=(0.0, 0.0, footprint.gradient_copy / down),
+        flush=(0.0, flush if footprint.gradient_with_state else 0.0, flush),
     )
 
 
@@ -131,7 +132,7 @@ class Loads:
             dtype=np.float64,
         )
         self.memory: Floats = size[:, :, None] * memory[self.kinds]
-        copies = np.array([float(f.staged_copy) for f in footprints])
+        copies = np.array([float(f.copied_in) for f in footprints])
         self.slot: Floats = self.elements * copies[self.kinds]
 
     def totals(self, homes: Codes) -> tuple[Floats, float, Floats]:

@@ -184,7 +184,7 @@ def published_stride(profile: HardwareProfile, footprint: Footprint) -> int:
 
 def stride_of(rates: OffloadRates, footprint: Footprint) -> int:
     """Return the published stride on a machine with these rates."""
-    copy = footprint.staged_copy / min(rates.h2d_bytes_per_second, rates.d2h_bytes_per_second)
+    copy = footprint.copied_in / min(rates.h2d_bytes_per_second, rates.d2h_bytes_per_second)
     device = footprint.device_update / rates.device_update_bytes_per_second
     host = footprint.host_update / rates.cpu_update_bytes_per_second
     return max(2, 1 + math.ceil((copy + device) / host))

@@ -1,7 +1,6 @@
 """Who is served: parameters, their subgroups, their order of use and their names."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch.distributed.tensor import DTensor
 from interlace.kernels.update import warm_up
 from interlace.kernels.update.histogram import magnitude_histogram
 from interlace.offload.forward import forward_order
-from interlace.offload.lanes import LaneError
 from interlace.offload.memory import HostSlabs
 from interlace.offload.schedule import Home, Subgroup
 from interlace.offload.step import OpenStep
@@ -132,11 +130,7 @@ class Roster:
     def settle(self) -> None:
         """Block until nothing is under way, whether it failed or not."""
         for subgroup in self.subgroups:
-            for ticket in (*subgroup.arriving, *subgroup.updating):
-                with suppress(LaneError):
-                    ticket.wait_issued()
-                if ticket.ended is not None:
-                    ticket.ended.synchronize()
+            subgroup.settle()
 
     def forget_work(self) -> None:
         """Forget what was under way; nothing is any more."""

@@ -41,12 +41,15 @@ class Footprint:
             includes the high plane, which is the weight itself.
         weight_is_master: Whether the master is the device's weight itself, or that and a 16-bit
             remainder: then the weight, or high plane, needs no copy of its own.
+        gradient_with_state: Whether gradients arrive where the state lives, as where another
+            program brings them: a staged one's then waits on the host and is copied in with it.
     """
 
     weight: int
     gradient: int
     state: int
     weight_is_master: bool = False
+    gradient_with_state: bool = False
 
     @property
     def staged_copy(self) -> int:
@@ -55,6 +58,11 @@ class Footprint:
         Where the weight is the master, or its high plane, the device holds that already.
         """
         return self.state - (self.weight if self.weight_is_master else 0)
+
+    @property
+    def copied_in(self) -> int:
+        """Bytes that enter a slot per staged parameter; `staged_copy` of them leave it again."""
+        return self.staged_copy + (self.gradient if self.gradient_with_state else 0)
 
     @property
     def gradient_copy(self) -> int:
@@ -67,7 +75,7 @@ class Footprint:
     @property
     def staged_dram(self) -> int:
         """Bytes of host memory read and written per staged parameter."""
-        return 2 * self.staged_copy
+        return self.copied_in + self.staged_copy
 
     @property
     def host_dram(self) -> int:

@@ -127,7 +127,7 @@ def pieces_of(
     on_cpu = pieces(
         lambda f: (f.host_update, f.host_update_dram), rates.cpu_update_bytes_per_second
     )
-    copy_in = pieces(lambda f: (f.staged_copy, f.staged_copy), up)
+    copy_in = pieces(lambda f: (f.copied_in, f.copied_in), up)
     copy_out = pieces(lambda f: (f.staged_copy, f.staged_copy), down)
     weights = pieces(lambda f: (f.weight, f.weight), up)
     nothing: list[Piece] = []

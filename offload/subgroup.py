@@ -8,6 +8,7 @@ they are its high plane. On the host, where weights are not, the master is alway
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from interlace.kernels.update import CoordinateClip, UpdateRule, merge_master, split_master
-from interlace.offload.lanes import Ticket
+from interlace.offload.lanes import LaneError, Ticket
 from interlace.offload.memory import HostSlabs
 from interlace.offload.row_blocks import block_count
 from interlace.offload.schedule import Footprint, Home, Subgroup
 
-MASTER, REMAINDER, THRESHOLD = "master", "remainder", "threshold"
+MASTER, REMAINDER, THRESHOLD, GRADIENT = "master", "remainder", "threshold", "gradient"
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,16 @@ class StateLayout:
         moment_dtype: float32, or bfloat16 with stochastic rounding.
         split_master: Keep the master of bfloat16 weights as the weight and a 16-bit remainder.
         sums_gradients: Keep gradients in float32, because several are summed.
+        lent: Masters, moments and gradients are those of another program, which lends them and
+            looks at them between steps: a master in float32 is kept in every home, beside weights
+            of any float dtype, and gradients arrive where the state lives.
     """
 
     rule: UpdateRule
     moment_dtype: torch.dtype = torch.float32
     split_master: bool = False
     sums_gradients: bool = False
+    lent: bool = False
 
     @property
     def clips_coordinates(self) -> bool:
@@ -56,7 +61,7 @@ class StateLayout:
 
     def weight_is_master(self, weight: torch.dtype) -> bool:
         """Whether the weight is its own master, or the high plane of it."""
-        return weight.itemsize >= 4 or self.splits(weight)
+        return not self.lent and (weight.itemsize >= 4 or self.splits(weight))
 
     def slab_dtypes(self, weight: torch.dtype, home: Home) -> dict[str, torch.dtype]:
         """Return the slabs that are kept for weights of this dtype, beside the weights."""
@@ -80,6 +85,7 @@ class StateLayout:
             gradient=gradient.itemsize,
             state=sum(dtype.itemsize for dtype in kept),
             weight_is_master=self.weight_is_master(weight),
+            gradient_with_state=self.lent,
         )
 
 
@@ -197,6 +203,16 @@ class SubgroupState:
         )
 
     @property
+    def entering(self) -> Mapping[str, torch.Tensor]:
+        """What is copied into a slot: all slabs, and the gradient where it waits beside them."""
+        return {**self.slabs, GRADIENT: self.gradient} if self.layout.lent else self.slabs
+
+    @property
+    def casts(self) -> bool:
+        """Whether weights are made from the master after the update: no kernel writes float16."""
+        return self.weight_dtype is torch.float16
+
+    @property
     def arriving(self) -> list[Ticket]:
         """What has to be done before all gradients that came are there."""
         return [member.arriving for member in self.members if member.arriving is not None]
@@ -215,6 +231,14 @@ class SubgroupState:
         if before_change is not None:
             before_change(self)
         self.version += 1
+
+    def settle(self) -> None:
+        """Block until no work of this subgroup is under way, whether it failed or not."""
+        for ticket in (*self.arriving, *self.updating):
+            with suppress(LaneError):
+                ticket.wait_issued()
+            if ticket.ended is not None:
+                ticket.ended.synchronize()
 
     def begin(self, home: Home) -> None:
         """Create the state in its home: master from the weights, moments zero."""
@@ -235,7 +259,7 @@ class SubgroupState:
         """Choose what is copied to the weights after an update on the host."""
         if self.home is not Home.HOST:
             self.upload = None
-        elif self.layout.weight_is_master(self.weight_dtype):
+        elif self.weight_dtype is self.slabs[MASTER].dtype:
             self.upload = self.slabs[MASTER]
         else:
             self.upload = self.allocate(self.weight_dtype, on_device=False)
