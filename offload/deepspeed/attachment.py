@@ -16,7 +16,8 @@ import torch
 from interlace.kernels.update import UpdateRule, warm_up
 from interlace.offload.cores import CpuPool
 from interlace.offload.deepspeed.flats import Flat, Lent, State
-from interlace.offload.deepspeed.homes import by_flat, choose, torn
+from interlace.offload.deepspeed.homes import by_flat, choose, torn, whole
+from interlace.offload.deepspeed.names import Unserved
 from interlace.offload.deepspeed.rules import check_group, is_cpu_adam
 from interlace.offload.executor import Executor, Work
 from interlace.offload.hardware import HardwareProfile
@@ -185,11 +186,14 @@ class Attachment:
 
         Raises:
             LaneError: An earlier update failed.
-            Unserved: A parameter group asks for another update than it did.
+            ValueError: A parameter group asks for another update than it did.
         """
         self._health.check()
         for group in self.groups:
-            check_group(self.rule, self.client, group)
+            try:
+                check_group(self.rule, self.client, group)
+            except Unserved as reason:
+                raise ValueError(f"{reason}, which it had not before: detach(engine)") from reason
         adopted = False
         for flat, lent in zip(self.flats, self.stage.lent(), strict=True):
             flat.follow(lent, self.groups[lent.group])
@@ -199,10 +203,18 @@ class Attachment:
         self.monitor.begin()
 
     @torch.no_grad()
-    def launch(self, flat: Flat, scale: float) -> None:
-        """Submit the update of one partition; its gradients are multiplied by `scale` first."""
+    def launch(self, flat: Flat, scale: float, idle: Sequence[slice]) -> None:
+        """Submit the update of one partition.
+
+        Args:
+            flat: Which.
+            scale: Its gradients are multiplied by this first.
+            idle: The parts of it to which no gradient came since the last update.
+        """
         before = self._count(flat)
         with self._health.uninterrupted():
+            flat.scale_idle(idle)
+            flat.scaled_by = scale
             for piece in flat.pieces:
                 (member,) = piece.members
                 member.step.fill_(before)
@@ -230,10 +242,9 @@ class Attachment:
         if self.monitor.finish(self.placement.schedule, self.homes):
             shapes = [piece.shape for piece in self.subgroups]
             homes = self.placement.reconsider(shapes, self.homes, self.monitor)
-            placed = by_flat(self.flats, homes)
-            if not any(torn(of_one) for of_one in placed):
-                self.monitor.moved(self.homes, homes)
-                self._place(placed)
+            placed = whole(self.placement, self.flats, homes)
+            self.monitor.moved(self.homes, tuple(home for of_one in placed for home in of_one))
+            self._place(placed)
 
     def _count(self, flat: Flat, number: int | None = None) -> int:
         """Return how many updates a partition has had, written in DeepSpeed's way; set it first."""
@@ -273,6 +284,8 @@ class Attachment:
         try:
             self._settle()
             self._forget()
+            for flat in self.flats:
+                flat.scale_idle([slice(None)])
             self._place([(Home.HOST,) * len(flat.pieces) for flat in self.flats])
         finally:
             self.stage.unbind()

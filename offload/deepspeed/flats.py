@@ -55,6 +55,7 @@ class Flat:
     Attributes:
         pieces: What is updated one by one.
         slabs: Master, moments and gradient by name, (n,) each.
+        scaled_by: By what the last update multiplied gradients, without writing them.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Flat:
         self.layout = layout
         self.host = host
         self.resident = False
+        self.scaled_by = 1.0
         self.slabs: dict[str, torch.Tensor] = {}
         whole = lent.tensor.numel()
         self.cuts = cuts_of(whole, elements)
@@ -160,6 +162,16 @@ class Flat:
         for piece, (start, stop) in zip(self.pieces, self.cuts, strict=True):
             piece.slabs = {name: slab[start:stop] for name, slab in own.items()}
             piece.gradient = self.slabs[GRADIENT][start:stop]
+
+    def scale_idle(self, parts: Sequence[slice]) -> None:
+        """Write what the last update multiplied gradients by, where none came since.
+
+        DeepSpeed scales gradients in place and uses what it has once more for parameters that took
+        no part in a step.
+        """
+        if self.scaled_by != 1.0:
+            for part in parts:
+                self.slabs[GRADIENT][part].mul_(self.scaled_by)
 
     def follow(self, lent: Lent, group: dict[str, Any]) -> None:
         """Use what DeepSpeed has now: its groups and weights may be other objects than before."""

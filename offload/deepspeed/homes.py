@@ -37,10 +37,17 @@ def choose(
     slots = memory_needs(shapes, [Home.STAGED] * len(shapes), placement.options.staging_slots)
     room = min(slots.device_bytes, allowed.device_bytes)
     budget = MemoryBudget(room, allowed.host_bytes)
-    homes = by_flat(flats, placement.homes_of(shapes, budget))
-    mended = [staged(of_one) if torn(of_one) else of_one for of_one in homes]
-    if mended != homes:
-        predict(placement, shapes, mended)
+    return whole(placement, flats, placement.homes_of(shapes, budget))
+
+
+def whole(
+    placement: Placement, flats: Sequence[Flat], homes: Sequence[Home]
+) -> list[tuple[Home, ...]]:
+    """Return homes of all pieces with none on the device whose neighbours leave it."""
+    placed = by_flat(flats, homes)
+    mended = [staged(of_one) if torn(of_one) else of_one for of_one in placed]
+    if mended != placed:
+        predict(placement, [piece.shape for flat in flats for piece in flat.pieces], mended)
     return mended
 
 

@@ -5,7 +5,7 @@ goes on deciding everything that is not the update: norms, overflow, loss scale,
 afterwards. By what gradients are scaled is asked of DeepSpeed's own code, on a gradient of one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -51,6 +51,14 @@ class WithUnitGradient:
         return getattr(self.zero, name)
 
 
+def idle_parts(zero: Any, params: Iterable[Any]) -> list[slice]:
+    """Return where the gradients of parameters are that none came to since the last update."""
+    idle = [key for key in map(zero.get_param_id, params) if key not in zero.norm_for_param_grads]
+    # Places end with the offset in the partition and the number of elements, in all stages.
+    places = [zero.grad_position[key][-2:] for key in idle]
+    return [slice(start, start + count) for start, count in places]
+
+
 class Stage3:
     """ZeRO-3: the loop of `step` over subgroups launches, and `_post_step` waits."""
 
@@ -83,7 +91,9 @@ class Stage3:
             scales[sub_group_id] = self.scale(total_norm)
 
         def optimizer_step(sub_group_id: int) -> None:
-            attachment.launch(attachment.flats[sub_group_id], scales.pop(sub_group_id))
+            flat, scale = attachment.flats[sub_group_id], scales.pop(sub_group_id)
+            params = self.zero.fp16_groups[sub_group_id]
+            attachment.launch(flat, scale, idle_parts(self.zero, params))
 
         def reassign(sub_group_id: int) -> None:
             self.zero._unflatten_partitioned_parameters(sub_group_id)
@@ -188,8 +198,9 @@ class Stages1And2:
         """Update all partitions."""
         attachment.begin()
         scale = self.scale()
-        for flat in attachment.flats:
-            attachment.launch(flat, scale)
+        for number, flat in enumerate(attachment.flats):
+            params = self.zero.params_in_partition[number]
+            attachment.launch(flat, scale, idle_parts(self.zero, params))
         attachment.finish()
 
     def scale(self) -> float:

@@ -2,18 +2,19 @@
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
+from torch.optim.adamw import adamw
 
-from interlace.offload import OffloadOptions, load_profile
-from interlace.offload.deepspeed import Attachment, attach
+from interlace.offload import AdamW, OffloadOptions, load_profile
+from interlace.offload.deepspeed import Attachment, attach, attaching
 from interlace.offload.schedule import Home, MemoryBudget
 
 WIDTH, BATCH = 24, 4
@@ -26,6 +27,8 @@ class Case:
     Attributes:
         elements: Of a subgroup: `sub_group_size` in stage 3, else the length of a piece.
         homes: Homes given to subgroups in turn; empty keeps the strategy's choice.
+        torchs_arithmetic: Update with torch's operations in torch's order.
+        idle: Let a layer take no part in two steps of three.
     """
 
     stage: int
@@ -38,6 +41,38 @@ class Case:
     groups: int = 2
     steps: int = 30
     fp16: dict[str, float] = field(default_factory=dict, hash=False)
+    torchs_arithmetic: bool = False
+    idle: bool = False
+
+
+class TorchsAdamW(AdamW):
+    """AdamW in the very operations of torch, in its order: no kernel serves it."""
+
+    def plain(
+        self,
+        weight: torch.Tensor,
+        gradient: torch.Tensor,
+        moments: tuple[torch.Tensor, ...],
+        number: int,
+        hyper: Mapping[str, Any],
+    ) -> None:
+        beta1, beta2 = hyper["betas"]
+        adamw(
+            [weight],
+            [gradient],
+            [moments[0]],
+            [moments[1]],
+            [],
+            [torch.tensor(float(number - 1))],
+            foreach=False,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=hyper["lr"],
+            weight_decay=hyper["weight_decay"],
+            eps=hyper["eps"],
+            maximize=False,
+        )
 
 
 class Toy(nn.Module):
@@ -47,10 +82,13 @@ class Toy(nn.Module):
         super().__init__()
         sizes = (WIDTH, 40, 17, 33, 1)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.aside = nn.Linear(sizes[1], sizes[1], bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers[:-1]:
+    def forward(self, x: torch.Tensor, idle: bool = False) -> torch.Tensor:
+        for number, layer in enumerate(self.layers[:-1]):
             x = torch.tanh(layer(x))
+            if number == 0 and not idle:
+                x = x + self.aside(x)
         return self.layers[-1](x)
 
 
@@ -105,6 +143,8 @@ def config(case: Case) -> dict[str, Any]:
 
 def open_engine(case: Case, ours: bool) -> tuple[Any, Attachment | None]:
     """Return an engine, and what is attached to it."""
+    # DeepSpeed trusts few CPUs with float16; they all can, slowly.
+    deepspeed.get_accelerator().is_fp16_supported = lambda: True
     torch.manual_seed(7)
     model = Toy()
     optimizer = client(case, model)
@@ -119,8 +159,10 @@ def open_engine(case: Case, ours: bool) -> tuple[Any, Attachment | None]:
 
 def attached(engine: Any, case: Case) -> Attachment:
     """Attach, with a subgroup size and homes as a case has them."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("error", UserWarning)
+        if case.torchs_arithmetic:
+            patch.setattr(attaching, "rule_of", lambda optimizer: TorchsAdamW())
         attachment = attach(
             engine,
             profile=load_profile("4xh100-pcie5"),
@@ -151,9 +193,10 @@ def batches(case: Case, first: int, steps: int) -> Sequence[list[torch.Tensor]]:
 def train(engine: Any, case: Case, first: int = 0, steps: int | None = None) -> list[float]:
     """Train; return the loss of every micro-batch and, after each step, norm and loss scale."""
     seen: list[float] = []
-    for step in batches(case, first, case.steps if steps is None else steps):
+    for number, step in enumerate(batches(case, first, case.steps if steps is None else steps)):
+        idle = case.idle and number % 3 > 0
         for x in step:
-            loss = ((engine(x).float() - x.float().sum(1, keepdim=True)) ** 2).mean()
+            loss = ((engine(x, idle).float() - x.float().sum(1, keepdim=True)) ** 2).mean()
             engine.backward(loss)
             engine.step()
             seen.append(float(loss.detach()))
