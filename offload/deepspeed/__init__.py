@@ -9,7 +9,7 @@ and its `safe_get_...` functions go on working. `detach(engine)` undoes it.
 How it is done: `names` says what must be found, `rules` translates the client optimizer, `flats`
 lays DeepSpeed's flat partitions into slabs, `stages` binds a few methods of the one optimizer
 object anew, `attachment` runs the update. Reference: Deep Optimizer States (arXiv 2410.21316),
-which is a fork of DeepSpeed; this needs none. Importing this package loads DeepSpeed.
+which is a fork of DeepSpeed; this needs none. DeepSpeed itself is loaded by `attach` only.
 """
 
 from interlace.offload.deepspeed.attaching import attach, detach

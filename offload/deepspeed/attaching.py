@@ -2,11 +2,11 @@
 warning that says why.
 """
 
+import importlib
 import logging
 import warnings
 from typing import Any
 
-import deepspeed
 import torch
 
 from interlace.offload.deepspeed.attachment import Attachment
@@ -86,7 +86,7 @@ def attached(
         Unserved: It cannot be.
         MemoryShortage: State does not fit.
     """
-    check_version(str(deepspeed.__version__))
+    check_version(str(loaded().__version__))
     check_names(zero)
     check_settings(zero)
     rule = rule_of(zero.optimizer)
@@ -99,10 +99,18 @@ def attached(
     return made
 
 
+def loaded() -> Any:
+    """Return the package deepspeed, or raise `ImportError` that says what to install."""
+    try:
+        return importlib.import_module("deepspeed")
+    except ImportError as error:
+        words = f"attaching needs DeepSpeed ({error}): pip install 'interlace[deepspeed]'"
+        raise ImportError(words) from error
+
+
 def check_tensors(stage: Stage3 | Stages1And2) -> None:
     """Raise `Unserved` unless masters are kept in float32 and weights are on the device."""
-    accelerator: Any = deepspeed.get_accelerator()
-    device = torch.device(accelerator.current_device_name()).type
+    device = torch.device(loaded().get_accelerator().current_device_name()).type
     for lent in stage.lent():
         if lent.tensor.dtype is not torch.float32:
             raise Unserved(f"masters are kept in {lent.tensor.dtype}, not in float32")

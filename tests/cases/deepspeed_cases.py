@@ -1,20 +1,31 @@
 """Training of a small model under DeepSpeed, with its own update and with ours, on every rank."""
 
 import itertools
+import json
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.runtime.lr_schedules import WarmupLR
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+)
 from torch import nn
 from torch.optim.adamw import adamw
 
 from interlace.offload import AdamW, OffloadOptions, load_profile
-from interlace.offload.deepspeed import Attachment, attach, attaching
+from interlace.offload.deepspeed import Attachment, attach, attaching, detach
 from interlace.offload.schedule import Home, MemoryBudget
 
 WIDTH, BATCH = 24, 4
@@ -29,6 +40,7 @@ class Case:
         homes: Homes given to subgroups in turn; empty keeps the strategy's choice.
         torchs_arithmetic: Update with torch's operations in torch's order.
         idle: Let a layer take no part in two steps of three.
+        warmup: Follow DeepSpeed's `WarmupLR`.
     """
 
     stage: int
@@ -43,6 +55,7 @@ class Case:
     fp16: dict[str, float] = field(default_factory=dict, hash=False)
     torchs_arithmetic: bool = False
     idle: bool = False
+    warmup: bool = False
 
 
 class TorchsAdamW(AdamW):
@@ -148,13 +161,21 @@ def open_engine(case: Case, ours: bool) -> tuple[Any, Attachment | None]:
     torch.manual_seed(7)
     model = Toy()
     optimizer = client(case, model)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, [lambda step, g=g: 2.0 ** -(step // (5 + 5 * g)) for g in range(case.groups)]
-    )
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config(case)
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=scheduler(case, optimizer),
+        config=config(case),
     )
     return engine, attached(engine, case) if ours else None
+
+
+def scheduler(case: Case, optimizer: torch.optim.Optimizer) -> Any:
+    """Return a schedule of powers of two, different for every group; DeepSpeed's own warms up."""
+    if case.warmup:
+        return WarmupLR(optimizer, warmup_max_lr=[0.01, 0.005], warmup_num_steps=8)
+    shares = [lambda step, g=g: 2.0 ** -(step // (5 + 5 * g)) for g in range(case.groups)]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
 
 
 def attached(engine: Any, case: Case) -> Attachment:
@@ -240,18 +261,127 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max()) / scale if scale else 0.0
 
 
+# ---- what is shown --------------------------------------------------------------------------
+
+
+def close_to(seen: Sequence[float], ours: Sequence[float]) -> float:
+    """Return how far apart two lists of numbers are, relatively, at most."""
+    return max(abs(a - b) / max(abs(a), 1e-12) for a, b in zip(seen, ours, strict=True))
+
+
 def compare(case: Case) -> dict[str, Any]:
-    """Train a case both ways; return how far apart losses and tensors are."""
+    """Train a case both ways; return how far apart numbers and tensors are."""
     seen, found = outcome(case, ours=False)
     our_seen, our_found = outcome(case, ours=True)
-    losses = [abs(a - b) / max(abs(a), 1e-12) for a, b in zip(seen, our_seen, strict=True)]
     tensors = {name: apart(found[name], our_found[name]) for name in found}
-    worst = max(tensors, key=lambda name: tensors[name])
     return {
-        "losses": max(losses),
-        "worst": worst,
-        "tensors": tensors[worst],
-        "same bits": seen == our_seen and all(torch.equal(found[n], our_found[n]) for n in found),
-        "first": seen[0],
-        "last": seen[-3],
+        "numbers": close_to(seen, our_seen),
+        "tensors": max(tensors.values()),
+        "same bits": seen == our_seen and not any(tensors.values()),
+        "scales": len(set(seen[case.accumulation + 1 :: case.accumulation + 2])),
     }
+
+
+def resume(case: Case, folder: str, *, ours_saves: bool) -> dict[str, Any]:
+    """Save after three steps, load under the other update, into an engine that has trained a
+    little, and go on; return how far it is from who saved and went on.
+    """
+    half = case.steps // 2
+    engine, _ = open_engine(case, ours_saves)
+    train(engine, case, 0, half)
+    engine.save_checkpoint(folder, tag=str(half))
+    seen = train(engine, case, half, half)
+    found = contents(engine, case)
+    engine.destroy()
+    other, _ = open_engine(case, not ours_saves)
+    train(other, case, 50, 2)
+    other.load_checkpoint(folder, tag=str(half))
+    our_seen = train(other, case, half, half)
+    our_found = contents(other, case)
+    other.destroy()
+    apart_most = max(apart(found[name], our_found[name]) for name in found)
+    return {"numbers": close_to(seen, our_seen), "tensors": apart_most}
+
+
+def change_over(case: Case) -> dict[str, Any]:
+    """Train with DeepSpeed's update, then ours, then DeepSpeed's again; return whether that is the
+    same, to the last bit, as without ours, and what is left on the optimizer.
+    """
+    third = case.steps // 3
+    seen, found = outcome(case, ours=False)
+    engine, _ = open_engine(case, ours=False)
+    before = set(vars(engine.optimizer))
+    our_seen = train(engine, case, 0, third)
+    attached(engine, case)
+    our_seen += train(engine, case, third, third)
+    detach(engine)
+    left = set(vars(engine.optimizer)) - before
+    our_seen += train(engine, case, 2 * third, case.steps - 2 * third)
+    our_found = contents(engine, case)
+    engine.destroy()
+    same = all(torch.equal(found[name], our_found[name]) for name in found)
+    return {"same bits": seen == our_seen and same, "left": sorted(left)}
+
+
+def accessors(case: Case) -> dict[str, Any]:
+    """Read and write masters, moments and gradients by DeepSpeed's functions, between steps and
+    between backward and step; return what they give both ways.
+    """
+    return {
+        "same bits": all(
+            torch.equal(a, b)
+            for a, b in zip(accessed(case, False), accessed(case, True), strict=True)
+        )
+    }
+
+
+def accessed(case: Case, ours: bool) -> list[torch.Tensor]:
+    """Return what DeepSpeed's functions give in the course of three steps."""
+    engine, _ = open_engine(case, ours)
+    parameters = list(engine.module.parameters())
+    given: list[torch.Tensor] = []
+    for [x] in batches(case, 0, 3):
+        engine.backward((engine(x).float() ** 2).mean())
+        for parameter in parameters:
+            gradient = safe_get_full_grad(parameter).clone()
+            given.append(gradient)
+            # ZeRO-3 can write only what all ranks have equally much of.
+            if gradient.numel() % 2 == 0:
+                safe_set_full_grad(parameter, gradient * 1.5)
+        engine.step()
+        for parameter in parameters:
+            master = safe_get_full_fp32_param(parameter).clone()
+            moment = safe_get_full_optimizer_state(parameter, "exp_avg").clone()
+            given += [master, moment]
+            if master.numel() % 2 == 0:
+                safe_set_full_fp32_param(parameter, master * 0.75)
+                safe_set_full_optimizer_state(parameter, moment * 0.5, "exp_avg")
+    engine.destroy()
+    return given
+
+
+def refused(case: Case, name: str) -> dict[str, Any]:
+    """Attach where a name is missing, and train; return the warnings, and whether the numbers are
+    DeepSpeed's own.
+    """
+    seen, _ = outcome(case, ours=False)
+    engine, _ = open_engine(case, ours=False)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        # The loop of ZeRO-3 asks for it, so that it has to be there again when that runs.
+        patch.delattr(type(engine.optimizer), name)
+        attachment = attach(engine)
+    said = [str(warning.message) for warning in caught if "attached" in str(warning.message)]
+    our_seen = train(engine, case)
+    engine.destroy()
+    return {"attached": attachment is not None, "said": said, "same bits": seen == our_seen}
+
+
+def report(shown: Mapping[str, Callable[[], Any]]) -> None:
+    """Show it all on every rank; rank 0 writes what came of it into `shown.json`."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.init_distributed("gloo")
+    results = {name: show() for name, show in shown.items()}
+    if torch.distributed.get_rank() == 0:
+        Path("shown.json").write_text(json.dumps(results), encoding="utf-8")
+    torch.distributed.barrier()
