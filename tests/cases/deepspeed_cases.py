@@ -111,19 +111,19 @@ def client(case: Case, model: nn.Module) -> torch.optim.Optimizer:
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": 0.1},
-        {"params": vectors, "lr": 0.004, "weight_decay": 0.0},
+        {"params": vectors, "lr": 0.001, "weight_decay": 0.0},
     ]
     if case.groups == 1:
         groups = [{"params": matrices + vectors, "weight_decay": 0.05}]
     match case.optimizer:
         case "adamw":
-            return torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95))
+            return torch.optim.AdamW(groups, lr=0.002, betas=(0.9, 0.95))
         case "adam":
             for group in groups:
                 group["weight_decay"] = 0.0
-            return torch.optim.Adam(groups, lr=0.01)
+            return torch.optim.Adam(groups, lr=0.002)
         case "cpu_adam":
-            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=0.01, betas=(0.9, 0.95))
+            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=0.002, betas=(0.9, 0.95))
         case _:
             for group in groups:
                 group.update(lr=2.0**-5, weight_decay=0.0)
@@ -173,7 +173,7 @@ def open_engine(case: Case, ours: bool) -> tuple[Any, Attachment | None]:
 def scheduler(case: Case, optimizer: torch.optim.Optimizer) -> Any:
     """Return a schedule of powers of two, different for every group; DeepSpeed's own warms up."""
     if case.warmup:
-        return WarmupLR(optimizer, warmup_max_lr=[0.01, 0.005], warmup_num_steps=8)
+        return WarmupLR(optimizer, warmup_max_lr=[0.002, 0.001], warmup_num_steps=8)
     shares = [lambda step, g=g: 2.0 ** -(step // (5 + 5 * g)) for g in range(case.groups)]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
 
