@@ -94,7 +94,7 @@ def test_with_torchs_operations_they_are_the_same_to_the_last_bit(shown: Shown, 
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_overflows_are_skipped_and_the_loss_scale_moves_as_it_does(shown: Shown, stage: int) -> None:
+def test_overflows_are_skipped_and_the_loss_scale_moves(shown: Shown, stage: int) -> None:
     result = shown[f"overflow {stage}"]
     assert result["same bits"]
     assert result["scales"] > 2
