@@ -4,14 +4,12 @@ Everything that DeepSpeed takes part in runs in one start of two processes, whic
 any of it; the tests look at what came of it. `test_deepspeed_long.py` has more ways to train.
 """
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from ranks import run_on_ranks
+from deepspeed_runs import HEAD, Shown, shown_by
 
 from interlace.offload.deepspeed.flats import cuts_of
 from interlace.offload.deepspeed.names import (
@@ -23,20 +21,6 @@ from interlace.offload.deepspeed.names import (
     check_version,
 )
 from interlace.offload.deepspeed.rules import rule_of
-
-CASES = Path(__file__).resolve().parents[1] / "cases"
-
-HEAD = f"""
-import os, sys
-os.environ["DS_ACCELERATOR"] = "cpu"
-sys.path.insert(0, {str(CASES)!r})
-from deepspeed_cases import *
-
-HALF = {{"fp16": {{"initial_scale_power": 16, "loss_scale_window": 3, "hysteresis": 1}}}}
-USUAL = {{"clip": 0.5, "accumulation": 3, "elements": 300}}
-SAME = {{**USUAL, "accumulation": 1, "torchs_arithmetic": True}}
-MIXED = (Home.HOST, Home.STAGED)
-"""
 
 SHOWN = (
     HEAD
@@ -59,18 +43,10 @@ for stage in (2, 3):
     shown[f"over {stage}"] = lambda same=same: change_over(replace(same, homes=MIXED, steps=9))
 shown["missing 3"] = lambda: refused(Case(3, steps=2), "_optimizer_step")
 shown["missing 2"] = lambda: refused(Case(2, steps=2), "reset_cpu_buffers")
+shown["missing 1"] = lambda: refused(Case(1, steps=2), "0.20.1")
 report(shown)
 """
 )
-
-Shown = dict[str, Any]
-
-
-def shown_by(script: str, folder: Path) -> Shown:
-    """Run a script that reports, on two ranks; return its report."""
-    done = run_on_ranks(script, folder)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return json.loads((folder / "shown.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +94,10 @@ def test_a_detached_engine_is_deepspeeds_own(shown: Shown, stage: int) -> None:
     assert shown[f"over {stage}"] == {"same bits": True, "left": []}
 
 
-@pytest.mark.parametrize(("stage", "name"), [(2, "reset_cpu_buffers"), (3, "_optimizer_step")])
-def test_without_a_name_deepspeed_stays_and_a_warning_says_which(
+@pytest.mark.parametrize(
+    ("stage", "name"), [(1, "0.20.1"), (2, "reset_cpu_buffers"), (3, "_optimizer_step")]
+)
+def test_without_a_name_or_in_another_version_deepspeed_stays_and_a_warning_says_why(
     shown: Shown, stage: int, name: str
 ) -> None:
     result = shown[f"missing {stage}"]
