@@ -12,6 +12,7 @@ HEAD = f"""
 import os, sys
 os.environ["DS_ACCELERATOR"] = "cpu"
 sys.path.insert(0, {str(CASES)!r})
+from dataclasses import replace
 from deepspeed_cases import *
 
 HALF = {{"fp16": {{"initial_scale_power": 16, "loss_scale_window": 3, "hysteresis": 1}}}}
