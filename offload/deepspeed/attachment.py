@@ -8,7 +8,8 @@ run beside each other. Nothing of it runs beside backward or forward, since ZeRO
 
 import _thread
 import weakref
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -95,12 +96,19 @@ class Attachment:
             for number, piece in enumerate(self.subgroups):
                 piece.index = number
             self._health = Health(self._settle)
+            self._under_way = False
             self.placement = Placement(device, strategy, budget, profile, options)
             self.monitor = Monitor(self._lanes, self.placement.profile, options.recalibrate)
             self._executor = Executor(self._lanes, options.staging_slots)
             for dtype in {each.weight.dtype for each in lent}:
                 warm_up(rule, torch.float32 if dtype is torch.float16 else dtype, torch.float32)
-            self._place(choose(self.placement, self.flats, self._held()))
+            homes = choose(self.placement, self.flats, self._held())
+            try:
+                self._place(homes)
+            except BaseException:
+                # Some tensors may be elsewhere by now, and stay there.
+                self.stage.relink()
+                raise
         except BaseException:
             self._lanes.close()
             raise
@@ -170,16 +178,32 @@ class Attachment:
         pairs = list(zip(self.flats, homes, strict=True))
         for flat, of_one in pairs:
             if of_one[0] is not Home.RESIDENT:
-                flat.place(of_one, self.state)
+                self._place_one(flat, of_one)
         self._executor.make_slots(self.subgroups)
         for flat, of_one in pairs:
             if of_one[0] is Home.RESIDENT:
-                flat.place(of_one, self.state)
-        for flat in self.flats:
-            self._count(flat)
+                self._place_one(flat, of_one)
         self.stage.relink()
 
+    def _place_one(self, flat: Flat, homes: Sequence[Home]) -> None:
+        """Take one partition home; its state is complete afterwards, also for DeepSpeed."""
+        flat.place(homes, self.state)
+        self._count(flat)
+
     # ---- the step ---------------------------------------------------------------------------
+
+    @contextmanager
+    def one_step(self) -> Generator[None]:
+        """Remember, around ZeRO's `step`, that it ended before the update did: some of a step is
+        not the step.
+        """
+        try:
+            yield
+        except BaseException:
+            if not self._under_way:
+                raise
+            with self._health.uninterrupted():
+                raise
 
     def begin(self) -> None:
         """Look at what DeepSpeed has now; once per step, before anything is launched.
@@ -200,6 +224,8 @@ class Attachment:
             adopted = flat.adopt(self.state) or adopted
         if adopted:
             self.stage.relink()
+        # Schedulers of torch warn unless their optimizer has stepped; now it does.
+        vars(self.client)["_opt_called"] = True
         self.monitor.begin()
 
     @torch.no_grad()
@@ -212,18 +238,18 @@ class Attachment:
             idle: The parts of it to which no gradient came since the last update.
         """
         before = self._count(flat)
-        with self._health.uninterrupted():
-            flat.scale_idle(idle)
-            flat.scaled_by = scale
-            for piece in flat.pieces:
-                (member,) = piece.members
-                member.step.fill_(before)
-                member.arrivals = 1
-                # Gradients may still be on their way on the caller's stream.
-                member.arriving = self._lanes.current_work()
-                self._executor.launch(Work.of(piece, scale))
-                self.monitor.launched(piece, [], before + 1)
-            self._count(flat, before + 1)
+        self._under_way = True
+        flat.scale_idle(idle)
+        flat.scaled_by = scale
+        for piece in flat.pieces:
+            (member,) = piece.members
+            member.step.fill_(before)
+            member.arrivals = 1
+            # Gradients may still be on their way on the caller's stream.
+            member.arriving = self._lanes.current_work()
+            self._executor.launch(Work.of(piece, scale))
+            self.monitor.launched(piece, [], before + 1)
+        self._count(flat, before + 1)
 
     def finish(self) -> None:
         """Wait until the update is complete, its state on the host too.
@@ -234,6 +260,7 @@ class Attachment:
         with self.monitor.waiting(), self._health.watched():
             for piece in self.subgroups:
                 piece.wait()
+        self._under_way = False
         self._forget()
         self._reconsider()
 

@@ -109,12 +109,17 @@ class Flat:
             **{name: entry.get(name) for name in self.layout.rule.moments},
             GRADIENT: self.lent.tensor.grad,
         }
-        changed = [name for name, tensor in shown.items() if not self.has(name, tensor)]
-        for name in changed:
-            self.show(name, self.filled(name, shown[name]), state)
-        if changed:
+        ours = {
+            name: self.filled(name, tensor)
+            for name, tensor in shown.items()
+            if not self.has(name, tensor)
+        }
+        # Where memory was refused nothing has changed.
+        for name, slab in ours.items():
+            self.show(name, slab, state)
+        if ours:
             self.cut()
-        return bool(changed)
+        return bool(ours)
 
     def has(self, name: str, shown: torch.Tensor | None) -> bool:
         """Whether what is shown is our slab of that name."""

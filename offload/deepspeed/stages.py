@@ -81,7 +81,7 @@ class Stage3:
 
     def bind(self, attachment: Attachment) -> None:
         """Put the update in the place of ZeRO's."""
-        own_post_step = self.zero._post_step
+        own_step, own_post_step = self.zero.step, self.zero._post_step
         scales: dict[int, float] = {}
 
         def unscale_and_clip_grads(sub_group_id: int, total_norm: Any) -> None:
@@ -99,10 +99,15 @@ class Stage3:
             self.zero._unflatten_partitioned_parameters(sub_group_id)
 
         def post_step(*arguments: Any, **named: Any) -> None:
-            self.begun = False
             attachment.finish()
             own_post_step(*arguments, **named)
 
+        def step(*arguments: Any, **named: Any) -> None:
+            self.begun = False
+            with attachment.one_step():
+                own_step(*arguments, **named)
+
+        self.bindings.put("step", step)
         self.bindings.put("unscale_and_clip_grads", unscale_and_clip_grads)
         self.bindings.put("_optimizer_step", optimizer_step)
         self.bindings.put("_reassign_or_swap_out_partitioned_parameters", reassign)
@@ -171,7 +176,8 @@ class Stages1And2:
 
         def step(*arguments: Any, **named: Any) -> None:
             try:
-                own_step(*arguments, **named)
+                with attachment.one_step():
+                    own_step(*arguments, **named)
             finally:
                 self.show()
 

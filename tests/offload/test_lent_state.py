@@ -1,5 +1,6 @@
 """State that another program lends: flat partitions as DeepSpeed has them, without DeepSpeed."""
 
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,10 @@ from interlace.offload.deepspeed.flats import Lent
 from interlace.offload.executor import cast_into
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.lanes import LaneError
+from interlace.offload.memory import HostSlabs
 from interlace.offload.options import OffloadOptions
 from interlace.offload.performance_model import lower_bound, predict_homes, solve
-from interlace.offload.schedule import Footprint, Home, MemoryBudget, Subgroup
+from interlace.offload.schedule import Footprint, Home, MemoryBudget, MemoryShortage, Subgroup
 from interlace.offload.simulator import simulate
 
 SIZES = (700, 130, 64)
@@ -154,6 +156,56 @@ def test_after_a_failed_update_nothing_builds_on_it(monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     with pytest.raises(LaneError, match="continue from a checkpoint"):
         update(attachment)
+    attachment.close()
+
+
+def test_a_step_that_ends_before_its_update_leaves_nothing_to_build_on() -> None:
+    lender = Lender()
+    attachment = attachment_of(lender)
+    with pytest.raises(KeyboardInterrupt), attachment.one_step():
+        attachment.begin()
+        raise KeyboardInterrupt
+    update(attachment)
+    with pytest.raises(KeyboardInterrupt), attachment.one_step():
+        attachment.begin()
+        attachment.launch(attachment.flats[0], 1.0, [])
+        raise KeyboardInterrupt
+    with pytest.raises(LaneError, match="continue from a checkpoint"):
+        attachment.begin()
+    attachment.close()
+
+
+@pytest.mark.parametrize("slabs", range(0, 12, 3))
+def test_memory_that_is_refused_leaves_a_program_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, slabs: int
+) -> None:
+    plain, lender = Lender(), Lender()
+    given = iter(range(slabs))
+    empty = HostSlabs.empty
+
+    def short(host: HostSlabs, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        if dtype is torch.float32 and next(given, None) is None:
+            raise MemoryShortage("the system refuses to pin")
+        return empty(host, elements, dtype)
+
+    monkeypatch.setattr(HostSlabs, "empty", short)
+    with pytest.raises(MemoryShortage, match="refuses to pin"):
+        attachment_of(lender)
+    assert lender.linked == 1
+    for each in (plain, lender):
+        each.make_gradients(0)
+        each.zero.optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(plain.flats, lender.flats, strict=True))
+
+
+def test_schedulers_are_not_told_that_their_optimizer_never_stepped() -> None:
+    lender = Lender()
+    attachment = attachment_of(lender)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(lender.zero.optimizer, 0.5)
+    update(attachment)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
     attachment.close()
 
 
