@@ -251,6 +251,13 @@ class Attachment:
             self.monitor.launched(piece, [], before + 1)
         self._count(flat, before + 1)
 
+    def skip(self, flat: Flat, idle: Sequence[slice]) -> None:
+        """Make no update: gradients that came stay as they are; others are what they were for
+        DeepSpeed.
+        """
+        flat.scale_idle(idle)
+        flat.scaled_by = 1.0
+
     def finish(self) -> None:
         """Wait until the update is complete, its state on the host too.
 

@@ -33,6 +33,7 @@ NAMES = {
         "_reassign_or_swap_out_partitioned_parameters",
         "_unflatten_partitioned_parameters",
         "_post_step",
+        "_overflow_clean_up",
     ),
     STAGES_1_AND_2: (
         *SHARED,

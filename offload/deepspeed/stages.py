@@ -82,6 +82,7 @@ class Stage3:
     def bind(self, attachment: Attachment) -> None:
         """Put the update in the place of ZeRO's."""
         own_step, own_post_step = self.zero.step, self.zero._post_step
+        own_clean_up = self.zero._overflow_clean_up
         scales: dict[int, float] = {}
 
         def unscale_and_clip_grads(sub_group_id: int, total_norm: Any) -> None:
@@ -92,8 +93,7 @@ class Stage3:
 
         def optimizer_step(sub_group_id: int) -> None:
             flat, scale = attachment.flats[sub_group_id], scales.pop(sub_group_id)
-            params = self.zero.fp16_groups[sub_group_id]
-            attachment.launch(flat, scale, idle_parts(self.zero, params))
+            attachment.launch(flat, scale, self.idle(sub_group_id))
 
         def reassign(sub_group_id: int) -> None:
             self.zero._unflatten_partitioned_parameters(sub_group_id)
@@ -101,6 +101,11 @@ class Stage3:
         def post_step(*arguments: Any, **named: Any) -> None:
             attachment.finish()
             own_post_step(*arguments, **named)
+
+        def overflow_clean_up(*arguments: Any, **named: Any) -> None:
+            for number, flat in enumerate(attachment.flats):
+                attachment.skip(flat, self.idle(number))
+            own_clean_up(*arguments, **named)
 
         def step(*arguments: Any, **named: Any) -> None:
             self.begun = False
@@ -112,10 +117,15 @@ class Stage3:
         self.bindings.put("_optimizer_step", optimizer_step)
         self.bindings.put("_reassign_or_swap_out_partitioned_parameters", reassign)
         self.bindings.put("_post_step", post_step)
+        self.bindings.put("_overflow_clean_up", overflow_clean_up)
 
     def unbind(self) -> None:
         """Give ZeRO its own methods back."""
         self.bindings.undo()
+
+    def idle(self, number: int) -> list[slice]:
+        """Return the parts of a subgroup without new gradients."""
+        return idle_parts(self.zero, self.zero.fp16_groups[number])
 
     def scale(self, total_norm: Any) -> float:
         """Return what ZeRO multiplies gradients by."""
@@ -167,6 +177,9 @@ class Stages1And2:
             own_update_scale(has_overflow)
             if not has_overflow:
                 self.hide()
+                return
+            for number, flat in enumerate(attachment.flats):
+                attachment.skip(flat, self.idle(number))
 
         def reset_cpu_buffers() -> None:
             if self.hidden is not None:
@@ -205,9 +218,12 @@ class Stages1And2:
         attachment.begin()
         scale = self.scale()
         for number, flat in enumerate(attachment.flats):
-            params = self.zero.params_in_partition[number]
-            attachment.launch(flat, scale, idle_parts(self.zero, params))
+            attachment.launch(flat, scale, self.idle(number))
         attachment.finish()
+
+    def idle(self, number: int) -> list[slice]:
+        """Return the parts of a parameter group's partition without new gradients."""
+        return idle_parts(self.zero, self.zero.params_in_partition[number])
 
     def scale(self) -> float:
         """Return what ZeRO multiplies gradients by."""

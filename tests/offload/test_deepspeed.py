@@ -33,7 +33,7 @@ for stage in (1, 2, 3):
     shown[f"accessors {stage}"] = lambda same=same: accessors(replace(same, groups=1))
 for stage in (2, 3):
     same = Case(stage, **SAME, steps=10)
-    half = replace(same, dtype="fp16", fp16=HALF["fp16"], steps=20, homes=MIXED)
+    half = replace(same, dtype="fp16", **HALF, steps=20, homes=MIXED, idle=True)
     shown[f"overflow {stage}"] = lambda half=half: compare(half)
     saved = replace(same, steps=6)
     for ours in (True, False):
