@@ -2,6 +2,7 @@
 numbers of subgroups, every home and dtype.
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,30 @@ def test_homes_and_dtypes_change_no_bit(stage: int, tmp_path: Path) -> None:
     assert all(max(each["numbers"], each["tensors"]) == 0.0 for each in saved.values())
     trained = {name: each for name, each in shown.items() if name not in saved}
     assert [name for name, each in trained.items() if not each["same bits"]] == []
+
+
+OWN_ADAM = (
+    HEAD
+    + """
+shown = {}
+for stage in (2, 3):
+    case = Case(stage, "cpu_adam", clip=0.5, elements=400, homes=MIXED)
+    shown[f"parity {stage}"] = lambda case=case: compare(case)
+    shown[f"over {stage}"] = lambda case=case: change_over(replace(case, steps=6))
+report(shown)
+"""
+)
+
+
+def test_deepspeeds_own_adam_is_followed_and_can_go_on_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("deepspeed")
+    # It is compiled at first use, and a lock that a killed start left would be waited for.
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
+    shown = shown_by(OWN_ADAM, tmp_path)
+    for stage in (2, 3):
+        parity = shown[f"parity {stage}"]
+        assert max(parity["numbers"], parity["tensors"]) < 1e-6
+        assert shown[f"over {stage}"]["left"] == []
