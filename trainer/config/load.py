@@ -58,7 +58,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name)
     document = read_toml(path)
     typed = parse_overrides(overrides)
-    plugins_beside(typed, Path.cwd())
+    paths_beside(typed, Path.cwd())
     layers = [*read_layers(path), Layer("command line", typed)]
     merged: Table = {}
     origins: dict[str, tuple[Origin, ...]] = {}
@@ -128,7 +128,7 @@ def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
     document = read_toml(path)
     parent = document.pop("extends", None)
     document.pop("description", None)
-    plugins_beside(document, path.parent)
+    paths_beside(document, path.parent)
     here = Layer(f"recipe {path.stem} ({path})", document)
     if parent is None:
         return [here]
@@ -137,17 +137,26 @@ def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
     return [*read_layers(find_recipe(parent, beside=path.parent), (*seen, path)), here]
 
 
-def plugins_beside(sections: Table, folder: Path) -> None:
-    """Make the plug-in files that tables name absolute, seen from where the tables are written."""
-    model = sections.get("model")
-    if not isinstance(model, dict):
-        return
-    files = cast(Table, model).get("plugins")
-    if isinstance(files, list):
-        cast(Table, model)["plugins"] = [
-            str((folder / Path(file).expanduser()).absolute()) if isinstance(file, str) else file
-            for file in cast(list[object], files)
-        ]
+def paths_beside(sections: Table, folder: Path) -> None:
+    """Make the files of plug-ins and of DeepSpeed's settings that tables name absolute, seen from
+    where the tables are written.
+    """
+    model, parallel = sections.get("model"), sections.get("parallel")
+    if isinstance(model, dict):
+        table = cast(Table, model)
+        if isinstance(files := table.get("plugins"), list):
+            table["plugins"] = [beside(file, folder) for file in cast(list[object], files)]
+    if isinstance(parallel, dict):
+        table = cast(Table, parallel)
+        if file := table.get("deepspeed_config"):
+            table["deepspeed_config"] = beside(file, folder)
+
+
+def beside(file: object, folder: Path) -> object:
+    """Return a path made absolute, seen from a folder; what is no text is for the schema to
+    refuse.
+    """
+    return str((folder / Path(file).expanduser()).absolute()) if isinstance(file, str) else file
 
 
 def merge(target: Table, layer: Layer, origins: dict[str, tuple[Origin, ...]]) -> None:

@@ -261,6 +261,21 @@ class ParallelSection(Section):
     replicas: PositiveInt = 1
     """Groups of ranks that each hold a whole copy (HSDP); 1 shards over all ranks (FSDP2)."""
 
+    engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    """What spreads the model over the ranks: `fsdp2` (torch), or `deepspeed` (its ZeRO, which needs
+    `pip install 'interlace[deepspeed]'`).
+    """
+
+    zero_stage: Literal[1, 2, 3] = 3
+    """With `engine = "deepspeed"`: what is divided among the ranks: optimizer state (1), gradients
+    too (2), weights too (3).
+    """
+
+    deepspeed_config: str = ""
+    """With `engine = "deepspeed"`: JSON file whose settings of DeepSpeed are added to those that
+    follow from the recipe, seen from where it is named; empty means none.
+    """
+
 
 class ObserveSection(Section):
     """What a person sees."""
