@@ -21,6 +21,7 @@ from interlace.offload.lanes import LaneError, Ticket
 from interlace.offload.memory import HostSlabs
 from interlace.offload.row_blocks import block_count
 from interlace.offload.schedule import Footprint, Home, Subgroup
+from interlace.offload.watched import Watched
 
 MASTER, REMAINDER, THRESHOLD, GRADIENT = "master", "remainder", "threshold", "gradient"
 
@@ -143,7 +144,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class SubgroupState:
+class SubgroupState(Watched):
     """One subgroup: its members, its home and its slabs.
 
     Attributes:
@@ -157,9 +158,6 @@ class SubgroupState:
         upload: With home `host`: what is copied to the weights, in their dtype.
         updating: All work of the last update.
         weights_ready: The ticket after which the weights are new.
-        version: How often the state has begun to change; with no work under way, that of the state.
-        before_change: Called before the state changes, by whoever is going to change it, and waited
-            for: a snapshot takes there what it has not read yet. None where nobody cares.
     """
 
     def __init__(
@@ -171,6 +169,7 @@ class SubgroupState:
         first_element: int,
         rounding_seed: int,
     ) -> None:
+        super().__init__()
         self.index = -1
         self.members = tuple(members)
         self.group = group
@@ -188,8 +187,6 @@ class SubgroupState:
         self.upload: torch.Tensor | None = None
         self.updating: list[Ticket] = []
         self.weights_ready: Ticket | None = None
-        self.version = 0
-        self.before_change: Callable[[SubgroupState], None] | None = None
         if layout.learns_thresholds:
             for member in self.members:
                 count = block_count(group)
@@ -221,16 +218,6 @@ class SubgroupState:
         """Block until no work of this subgroup is under way."""
         for ticket in (*self.arriving, *self.updating):
             ticket.wait()
-
-    def about_to_change(self) -> None:
-        """Called by whoever is going to write to the state (master, moments, or weights that are
-        the master), on his own thread: wait until everybody else is content, and count.
-        """
-        # Asked once: whoever waits to be told may lose interest at any time, on another thread.
-        before_change = self.before_change
-        if before_change is not None:
-            before_change(self)
-        self.version += 1
 
     def settle(self) -> None:
         """Block until no work of this subgroup is under way, whether it failed or not."""

@@ -237,6 +237,7 @@ class Attachment:
             scale: Its gradients are multiplied by this first.
             idle: The parts of it to which no gradient came since the last update.
         """
+        flat.about_to_change()
         before = self._count(flat)
         self._under_way = True
         flat.scale_idle(idle)

@@ -19,6 +19,7 @@ import torch
 from interlace.offload.memory import HostSlabs
 from interlace.offload.schedule import Home
 from interlace.offload.subgroup import GRADIENT, MASTER, Member, StateLayout, SubgroupState
+from interlace.offload.watched import Watched
 
 CUTS = 64
 """Elements: pieces begin at multiples of it, so that none begins within a cache line."""
@@ -42,8 +43,8 @@ class Lent:
     group: int
 
 
-class Flat:
-    """One flat partition in slabs.
+class Flat(Watched):
+    """One flat partition in slabs. Its update announces itself once for all pieces.
 
     Args:
         lent: What DeepSpeed has.
@@ -66,6 +67,7 @@ class Flat:
         host: HostSlabs,
         elements: int,
     ) -> None:
+        super().__init__()
         self.lent = lent
         self.layout = layout
         self.host = host

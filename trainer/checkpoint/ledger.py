@@ -3,7 +3,7 @@ is about to change a piece of it sees to it that the snapshot has it first.
 
 The state is cut into chunks, in the order in which they are written. A chunk is owed until it is
 written. The writer takes one after another straight from live memory. An update claims all chunks
-of its subgroup before it begins (`SubgroupState.before_change`): what is still owed is copied into
+of its subgroup before it begins (`Watched.before_change`): what is still owed is copied into
 a pool of bounded size, and where the pool is full the update waits for the writer. Taking and
 claiming are one atomic decision per chunk, so that writer and update never touch the same bytes.
 Should this ever fail, the versions tell: a chunk whose subgroup has begun to change by the end of
@@ -23,7 +23,7 @@ from typing import cast
 import torch
 
 from interlace.offload.memory import available_host_bytes
-from interlace.offload.subgroup import SubgroupState
+from interlace.offload.watched import Watched
 from interlace.trainer.checkpoint.failpoints import failpoint
 from interlace.trainer.checkpoint.live import Source
 from interlace.trainer.errors import SaveError
@@ -137,13 +137,13 @@ class Ledger:
         self.torn: Source | None = None
         self._closed = False
         self._changed = threading.Condition()
-        self._of: dict[SubgroupState, list[Chunk]] = {}
+        self._of: dict[Watched, list[Chunk]] = {}
         for chunk in self.chunks:
             live = chunk.source.live
-            if live is not None and live.subgroup is not None:
-                self._of.setdefault(live.subgroup, []).append(chunk)
-        for subgroup in self._of:
-            subgroup.before_change = self.claim
+            if live is not None and live.owner is not None:
+                self._of.setdefault(live.owner, []).append(chunk)
+        for owner in self._of:
+            owner.before_change = self.claim
 
     # ---- the writer ---------------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ class Ledger:
             raise SaveError(
                 f"{self.torn.name} was changed while it was being saved, so that the checkpoint "
                 "would hold parts of two steps; it was given up. Whatever writes to the state "
-                "between steps has to call SubgroupState.about_to_change first"
+                "between steps has to call Watched.about_to_change first"
             )
 
     def _taken(self, chunk: Chunk) -> torch.Tensor:
@@ -202,9 +202,9 @@ class Ledger:
 
     # ---- updates ------------------------------------------------------------------------------
 
-    def claim(self, subgroup: SubgroupState) -> None:
-        """Return once this snapshot needs nothing of a subgroup's live memory any more."""
-        owed = [each for each in self._of.get(subgroup, ()) if each.holding is not Holding.DONE]
+    def claim(self, owner: Watched) -> None:
+        """Return once this snapshot needs nothing of an owner's live memory any more."""
+        owed = [each for each in self._of.get(owner, ()) if each.holding is not Holding.DONE]
         if not owed:
             return
         began = time.perf_counter()
@@ -255,9 +255,9 @@ class Ledger:
                     self.pool.give_back(chunk.copy)
                     chunk.copy = None
             self._changed.notify_all()
-        for subgroup in self._of:
-            if subgroup.before_change == self.claim:
-                subgroup.before_change = None
+        for owner in self._of:
+            if owner.before_change == self.claim:
+                owner.before_change = None
 
 
 def cut(source: Source) -> Iterator[Chunk]:

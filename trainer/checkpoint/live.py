@@ -12,6 +12,7 @@ import torch
 
 from interlace.kernels.update import merge_master
 from interlace.offload.subgroup import Member, SubgroupState, version_of
+from interlace.offload.watched import Watched
 from interlace.trainer.checkpoint.tensors import Placed, local_part
 
 SMALL_BYTES = 64 * 2**10
@@ -26,15 +27,15 @@ class Live:
         name: Canonical.
         tensor: The memory itself, plain or a `DTensor`; of a split master its high plane.
         remainder: The other plane of a split master, this rank's elements, 1-D.
-        subgroup: Whose updates change it; None for everything else.
-        member: The parameter that it belongs to, where a subgroup changes it.
+        owner: Who announces that it changes, its subgroup for one; None for everything else.
+        member: The parameter that it belongs to, where there is one.
         frozen: Nobody changes it while training.
     """
 
     name: str
     tensor: torch.Tensor
     remainder: torch.Tensor | None = None
-    subgroup: SubgroupState | None = None
+    owner: Watched | None = None
     member: Member | None = None
     frozen: bool = False
 
@@ -52,9 +53,9 @@ class Live:
         """Return the tensor, a view of live memory; of a split master a copy."""
         if self.remainder is None:
             return self.tensor
-        assert self.subgroup is not None
+        assert isinstance(self.owner, SubgroupState)
         assert self.member is not None
-        return self.member.shaped(self.subgroup.master_of(self.member).view(-1))
+        return self.member.shaped(self.owner.master_of(self.member).view(-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ class Source:
         if not part.owned:
             return None
         memory = part.data.reshape(-1)
-        changes = live.subgroup is None and not live.frozen
+        changes = live.owner is None and not live.frozen
         copied = changes or memory.numel() * live.dtype.itemsize <= SMALL_BYTES
         remainder = live.remainder
         if copied:
@@ -123,8 +124,8 @@ def read(memory: torch.Tensor, remainder: torch.Tensor | None) -> torch.Tensor:
 
 def stamp_of(live: Live) -> tuple[int, int]:
     """Return numbers that change once somebody begins to change a tensor: the version of its
-    subgroup, and torch's count of writes to it.
+    owner, and torch's count of writes to it.
     """
-    version = live.subgroup.version if live.subgroup is not None else 0
+    version = live.owner.version if live.owner is not None else 0
     # An update counts as a write to weights only after it, and not to slabs.
     return version, version_of(live.tensor)
