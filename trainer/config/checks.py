@@ -31,6 +31,19 @@ from interlace.trainer.config.mup_checks import (
     rules_are_left_out_of_something,
     threshold_follows_the_width,
 )
+from interlace.trainer.config.parallel_checks import (
+    deepspeed_config_has_its_engine,
+    zero_3_compiles_nothing,
+    zero_checks_no_idle_state,
+    zero_clips_by_the_norm,
+    zero_has_no_replicas,
+    zero_has_the_diagnostics,
+    zero_has_the_rule,
+    zero_keeps_state_in_float32,
+    zero_overlaps_no_update,
+    zero_recomputes_no_gradients,
+    zero_stage_has_its_engine,
+)
 from interlace.trainer.config.problems import describe
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.config.secret_checks import recipe_holds_no_secret
@@ -348,4 +361,15 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     threshold_follows_the_width,
     watchdog_leaves_time_for_a_phase,
     stragglers_are_slower_than_the_median,
+    zero_stage_has_its_engine,
+    deepspeed_config_has_its_engine,
+    zero_has_no_replicas,
+    zero_has_the_rule,
+    zero_clips_by_the_norm,
+    zero_keeps_state_in_float32,
+    zero_overlaps_no_update,
+    zero_recomputes_no_gradients,
+    zero_checks_no_idle_state,
+    zero_has_the_diagnostics,
+    zero_3_compiles_nothing,
 )
