@@ -264,7 +264,7 @@ def build_model(config: RunConfig, plan: Plan, manifest: Manifest, world: World)
         cast_weights(model, dtype)
     units = model.units
     recompute_layers(units, config.train.activation_checkpointing)
-    if compiles(config.train, world.device.type):
+    if compiles(config, world.device.type):
         compile_layers(units)
     shard(model, units, world, config.parallel.replicas, dtype)
     model.to_empty(device=world.device)

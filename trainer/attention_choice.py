@@ -37,7 +37,7 @@ def training_request(config: RunConfig, device: torch.device, rows: int) -> Requ
         order=1,
         needs_grad=True,
         deterministic=torch.are_deterministic_algorithms_enabled(),
-        compiling=compiles(config.train, device.type),
+        compiling=compiles(config, device.type),
     )
 
 

@@ -22,7 +22,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from interlace.trainer.config.schema import TrainSection
+from interlace.trainer.config.parallel_checks import shards_weights_in_hooks
+from interlace.trainer.config.schema import RunConfig, TrainSection
 from interlace.trainer.objectives import OBJECTIVES
 from interlace.trainer.world import World
 
@@ -145,8 +146,12 @@ def compute_dtype_of(settings: TrainSection, device_type: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.compute_dtype]
 
 
-def compiles(settings: TrainSection, device_type: str) -> bool:
-    """Return whether layers are compiled: as asked, else on a GPU only, if the objective allows."""
-    if settings.compile is not None:
-        return settings.compile
-    return device_type == "cuda" and OBJECTIVES.get(settings.objective).compiles
+def compiles(config: RunConfig, device_type: str) -> bool:
+    """Return whether layers are compiled: as asked, else on a GPU only, if the objective allows and
+    unless ZeRO-3 gathers weights in hooks inside them.
+    """
+    if config.train.compile is not None:
+        return config.train.compile
+    if shards_weights_in_hooks(config):
+        return False
+    return device_type == "cuda" and OBJECTIVES.get(config.train.objective).compiles

@@ -143,7 +143,7 @@ def resolve(config: RunConfig, setting: Setting) -> Plan:
         name=config.run.name,
         device_type=setting.device_type,
         compute_dtype=str(dtype).removeprefix("torch."),
-        compiled=compiles(train, setting.device_type),
+        compiled=compiles(config, setting.device_type),
         world_size=size,
         ranks_per_host=setting.ranks_per_host,
         replicas=config.parallel.replicas,

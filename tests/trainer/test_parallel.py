@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from ranks import run_on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interlace.trainer.config.model_section import ModelSection
-from interlace.trainer.config.schema import TrainSection
+from interlace.trainer.config.schema import ParallelSection, RunConfig, TrainSection
 from interlace.trainer.models.language_model import LanguageModel
 from interlace.trainer.parallel import (
     EXPENSIVE_OPERATIONS,
@@ -128,7 +128,15 @@ def test_precision_is_as_asked_or_that_of_the_device(
 def test_layers_are_compiled_as_asked_or_on_a_gpu(
     asked: bool | None, device: str, answer: bool
 ) -> None:
-    assert compiles(TrainSection(compile=asked), device) is answer
+    assert compiles(RunConfig(train=TrainSection(compile=asked)), device) is answer
+
+
+@pytest.mark.parametrize(("stage", "answer"), [(1, True), (2, True), (3, False)])
+def test_layers_that_gather_their_weights_in_hooks_are_not_compiled(
+    stage: Literal[1, 2, 3], answer: bool
+) -> None:
+    parallel = ParallelSection(engine="deepspeed", zero_stage=stage)
+    assert compiles(RunConfig(parallel=parallel), "cuda") is answer
 
 
 SHARDED = """

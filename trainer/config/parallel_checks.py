@@ -22,6 +22,11 @@ def uses_zero(config: RunConfig) -> bool:
     return config.parallel.engine == "deepspeed"
 
 
+def shards_weights_in_hooks(config: RunConfig) -> bool:
+    """Whether ZeRO-3 gathers the weights of every module in hooks of its own."""
+    return uses_zero(config) and config.parallel.zero_stage == 3
+
+
 def zero_stage_has_its_engine(config: RunConfig) -> str | None:
     """A stage means something to ZeRO."""
     stage = config.parallel.zero_stage
@@ -141,7 +146,7 @@ def zero_has_the_diagnostics(config: RunConfig) -> str | None:
 
 def zero_3_compiles_nothing(config: RunConfig) -> str | None:
     """ZeRO-3 gathers weights in hooks of every module."""
-    if not uses_zero(config) or config.parallel.zero_stage < 3 or not config.train.compile:
+    if not shards_weights_in_hooks(config) or not config.train.compile:
         return None
     return (
         "train.compile=true: parallel.zero_stage=3 gathers the weights of every module in hooks, "
