@@ -10,8 +10,12 @@ of 0.19.
 
 from typing import Any
 
-from interlace.trainer.config.clip_checks import largest_norm
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.engines.zero.decisions import OFFLOAD, decisions_of
+from interlace.trainer.engines.zero.merging import Merge
+from interlace.trainer.engines.zero.own_settings import read_own_settings
+from interlace.trainer.engines.zero.refusals import REFUSALS
+from interlace.trainer.errors import ConfigError
 from interlace.trainer.plan import Plan
 
 NEVER = 2**31 - 1
@@ -32,39 +36,64 @@ def engine_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
 
     Raises:
         ConfigError: The JSON file that the recipe names cannot be read, or says otherwise than the
-            recipe; all conflicts at once.
+            recipe; all conflicts at once. Or DeepSpeed would take another optimizer than ZeRO's.
     """
-    return derived(config, plan)
+    file = config.parallel.deepspeed_config
+    decisions = decisions_of(config, plan)
+    merge = Merge(defaults(config, plan), decisions, REFUSALS)
+    for path, decision in decisions.items():
+        if path != f"{OFFLOAD}.device" or decision.value != "none":
+            merge.put(path.split("."), decision.value)
+    merge.add(renamed(read_own_settings(file)))
+    problems = [f"parallel.deepspeed_config={file}: {problem}" for problem in merge.problems]
+    if found := sums_elsewhere(config, merge.settings):
+        problems.append(found)
+    if problems:
+        raise ConfigError(problems)
+    return merge.settings
 
 
-def derived(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """Return what follows from a recipe alone."""
-    return {
-        "train_batch_size": plan.rows_per_step,
-        "train_micro_batch_size_per_gpu": plan.microbatch_rows,
-        "gradient_accumulation_steps": plan.accumulation,
-        "gradient_clipping": largest_norm(config) or 0.0,
-        "bf16": {"enabled": plan.compute_dtype == "bfloat16"},
-        "fp16": {"enabled": False},
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero_settings(config, plan),
-        "steps_per_print": NEVER,
-        "wall_clock_breakdown": False,
-    }
-
-
-def zero_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """Return the table `zero_optimization`."""
-    settings: dict[str, Any] = {
-        "stage": config.parallel.zero_stage,
-        "sub_group_size": config.offload.subgroup_elements,
+def defaults(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """Return what is better than DeepSpeed's own defaults, and what the user's file may change."""
+    zero: dict[str, Any] = {
         "contiguous_gradients": True,
         "reduce_bucket_size": min(MOST_BUCKET_ELEMENTS, plan.parameters),
     }
     if config.offload.strategy != "none":
-        pinned = plan.device_type == "cuda"
-        settings["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
-    return settings
+        zero["offload_optimizer"] = {"pin_memory": plan.device_type == "cuda"}
+    return {
+        "zero_optimization": zero,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": NEVER,
+        "wall_clock_breakdown": False,
+        # ZeRO asks for it where it does not know the class of an optimizer.
+        "zero_allow_untested_optimizer": True,
+        # DeepSpeedCPUAdam would take the place of torch's optimizer.
+        "zero_force_ds_cpu_optimizer": False,
+        "fp16": {"enabled": False},
+    }
+
+
+def renamed(own: dict[str, Any]) -> dict[str, Any]:
+    """Return a user's settings under the names that DeepSpeed looks at first."""
+    own = dict(own)
+    if "bfloat16" in own and "bf16" not in own:
+        own["bf16"] = own.pop("bfloat16")
+    zero = own.get("zero_optimization")
+    if isinstance(zero, dict) and "offload_optimizer" in zero and zero["offload_optimizer"] is None:
+        own["zero_optimization"] = {**zero, "offload_optimizer": {"device": "none"}}
+    return own
+
+
+def sums_elsewhere(config: RunConfig, settings: dict[str, Any]) -> str | None:
+    """Return what speaks against a run for which DeepSpeed leaves ZeRO's own optimizer."""
+    bf16, dtype = settings["bf16"]["enabled"], settings["data_types"]["grad_accum_dtype"]
+    offloads = config.offload.strategy != "none"
+    if config.parallel.zero_stage > 1 or offloads or not bf16 or dtype != "fp32":
+        return None
+    return (
+        "parallel.zero_stage=1: where weights are in bfloat16 and no state is offloaded, DeepSpeed "
+        "sums gradients in another optimizer than that of ZeRO, whose state is not known here; "
+        "type parallel.zero_stage=2, offload.strategy=host or train.compute_dtype=float32"
+    )
