@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from interlace.trainer.config.parallel_checks import uses_zero
 from interlace.trainer.config.problems import show
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
@@ -21,31 +22,48 @@ from interlace.trainer.run_folder import flatten
 from interlace.trainer.source_digest import source_digest
 from interlace.trainer.world import World
 
-PROGRAM = ("the sources of interlace", "torch", "python")
+OURS = ("the sources of interlace", "torch", "python")
+PROGRAM = (*OURS, "deepspeed")
 
 
 def agree(config: RunConfig, world: World) -> None:
-    """Return if the recipe fits so many ranks, and every rank has it and runs the same program.
+    """Return if the recipe fits so many ranks, and every rank has it and runs the same program,
+    which has the engine that the recipe asks for.
 
     Raises:
         ConfigError: It does not, or they differ; the same on every rank.
     """
     check_ranks(config, config.train.tokens_per_step // config.data.sequence_length, world.size)
-    if world.size == 1:
-        return
-    known = world.gather(told_by(config))
-    if problems := differences(known):
-        raise ConfigError(problems)
+    if world.size > 1:
+        known = world.gather(told_by(config))
+        if problems := differences(known):
+            raise ConfigError(problems)
+    if uses_zero(config):
+        from interlace.trainer.engines.zero.installed import require_deepspeed
+
+        require_deepspeed()
 
 
 def told_by(config: RunConfig) -> dict[str, str]:
     """Return what a rank tells: settings by name, files of plug-ins and parts of the program."""
     told = {key: show(value) for key, value in flatten(config).items()}
-    for file in config.model.plugins:
-        content = Path(file).expanduser().read_bytes()
-        told[f"the contents of {file}"] = hashlib.sha256(content).hexdigest()[:12]
+    for file in (*config.model.plugins, config.parallel.deepspeed_config):
+        if file:
+            told[f"the contents of {file}"] = digest_of(Path(file).expanduser())
+    if uses_zero(config):
+        from interlace.trainer.engines.zero.installed import deepspeed_version
+
+        told["deepspeed"] = deepspeed_version() or "absent"
     versions = (source_digest()[:12], torch.__version__, platform.python_version())
-    return told | dict(zip(PROGRAM, versions, strict=True))
+    return told | dict(zip(OURS, versions, strict=True))
+
+
+def digest_of(file: Path) -> str:
+    """Return a short digest of what a file holds; that it is there is for others to check."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    except OSError:
+        return "absent"
 
 
 def differences(known: Sequence[Mapping[str, str]]) -> list[str]:

@@ -1,0 +1,35 @@
+"""Whether DeepSpeed is installed, in a version that is known; it is not loaded for the answer."""
+
+import importlib.util
+from importlib import metadata
+
+from interlace.offload.deepspeed.names import Unserved, check_version
+from interlace.trainer.errors import ConfigError
+
+REMEDY = "type  pip install 'interlace[deepspeed]'  or parallel.engine=fsdp2"
+
+
+def deepspeed_version() -> str | None:
+    """Return the version of DeepSpeed that an import would load, or None where there is none."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return None
+    try:
+        return metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        # A folder of this name that no installer knows is not DeepSpeed.
+        return None
+
+
+def require_deepspeed() -> None:
+    """Do nothing if a version that is known is installed.
+
+    Raises:
+        ConfigError: None is, or another.
+    """
+    version = deepspeed_version()
+    if version is None:
+        raise ConfigError([f"parallel.engine=deepspeed: deepspeed is not installed; {REMEDY}"])
+    try:
+        check_version(version)
+    except Unserved as reason:
+        raise ConfigError([f"parallel.engine=deepspeed: {reason}; {REMEDY}"]) from reason
