@@ -40,6 +40,7 @@ from interlace.trainer.checkpoint.ledger import Pool
 from interlace.trainer.checkpoint.saves import Save, Target
 from interlace.trainer.checkpoint.saves import save as blocking_save
 from interlace.trainer.checkpoint.state import Progress, TrainingState
+from interlace.trainer.engines.fsdp2 import Fsdp2Engine
 from interlace.trainer.world import World
 
 PARTS = 40
@@ -76,7 +77,7 @@ class Training:
             profile=load_profile("4xh100-pcie5"),
             options=OffloadOptions(subgroup_elements=2 * size),
         )
-        self.state = TrainingState(self.model, self.optimizer, Nothing(), World())
+        self.state = TrainingState(self.model, Fsdp2Engine(self.optimizer), Nothing(), World())
         store = CheckpointStore(folder / "checkpoints")
         self.target = Target(store, store.begin_attempt(), SCALARS, Pool(None))
         self.number = 0

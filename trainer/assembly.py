@@ -16,7 +16,6 @@ import torch
 from interlace.offload.cores import bind_rank, local_ranks
 from interlace.offload.hardware import HardwareProfile, profile_hardware, with_active_ranks
 from interlace.offload.measure import known_profile
-from interlace.offload.report import UpdateReport
 from interlace.trainer.attention_choice import check_attention
 from interlace.trainer.batches import StepBatches
 from interlace.trainer.checkpoint.state import Progress, TrainingState, load_newest
@@ -27,6 +26,7 @@ from interlace.trainer.data.rows import TrainingRows, ValidationRows
 from interlace.trainer.data.shards import PreparedCorpus
 from interlace.trainer.data.tokenizers import load_tokenizer
 from interlace.trainer.diagnostics import diagnostics_of
+from interlace.trainer.engines import builder_of
 from interlace.trainer.errors import CheckpointError, ConfigError
 from interlace.trainer.heartbeat import Heartbeat
 from interlace.trainer.host_needs import require_host_memory
@@ -41,14 +41,12 @@ from interlace.trainer.observe.offload_log import engine_messages
 from interlace.trainer.observe.plots import write_loss_curve
 from interlace.trainer.observe.report import write_report
 from interlace.trainer.observe.traces import PICTURE_NAME, TRACE_NAME, UpdateTraces
-from interlace.trainer.optimizer import build_optimizer
 from interlace.trainer.parallel import (
     cast_weights,
     compile_layers,
     compiles,
     compute_dtype_of,
     recompute_layers,
-    shard,
 )
 from interlace.trainer.parts import Parts
 from interlace.trainer.plan import Plan, Setting, resolve
@@ -102,10 +100,11 @@ def open_run(
         try:
             yield run
             # With overlap the last update is complete, but nobody has asked for its report.
-            parts.state.optimizer.finish_report()
+            parts.state.engine.finish_report()
         finally:
             run.saving.close()
             traces.close()
+            parts.state.engine.close()
             console.close()
             if metrics is not None:
                 metrics.close()
@@ -120,12 +119,7 @@ def trace_updates(parts: Parts, console: Console) -> UpdateTraces:
     """Let rank 0 collect the timelines that the recipe asks for."""
     span = parts.config.observe.trace_steps if parts.world.is_main else None
     traces = UpdateTraces(span, parts.folder.path, console)
-    optimizer = parts.state.optimizer
-
-    def take(report: UpdateReport) -> None:
-        traces.take(report, optimizer.schedule, optimizer.placement.profile)
-
-    optimizer.monitor.on_report = take
+    parts.state.engine.on_report(traces.take)
     return traces
 
 
@@ -150,8 +144,8 @@ def assemble(
     manifest = manifest_of(config, plan.vocabulary_size)
     model = build_model(config, plan, manifest, world)
     beginning = begin(model, objective, folder, config, corpus)
-    optimizer = build_optimizer(model, config, plan, hardware, manifest)
-    state = TrainingState(model, optimizer, objective, world)
+    engine = builder_of(config).open_engine(model, config, plan, hardware, manifest, world)
+    state = TrainingState(model, engine, objective, world)
     attempt = world.on_main(folder.store.begin_attempt)
     heartbeat = began(folder, attempt) if began else Heartbeat()
     heartbeat.enter("load")
@@ -185,7 +179,8 @@ def assemble(
         heartbeat,
     )
     expected = [f"the plan expects trouble: {plan.offload.problem}"] if plan.offload.problem else []
-    said = [f"run folder {folder.path}", *folder.notes, *beginning, *notes, *expected]
+    told = [*folder.notes, *beginning, *engine.notes, *notes, *expected]
+    said = [f"run folder {folder.path}", *told]
     return parts, progress, said
 
 
@@ -266,8 +261,7 @@ def build_model(config: RunConfig, plan: Plan, manifest: Manifest, world: World)
     recompute_layers(units, config.train.activation_checkpointing)
     if compiles(config, world.device.type):
         compile_layers(units)
-    shard(model, units, world, config.parallel.replicas, dtype)
-    model.to_empty(device=world.device)
+    builder_of(config).spread(model, config, world, dtype)
     model.initialise(config.run.seed, manifest.rescale)
     return model
 

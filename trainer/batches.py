@@ -55,6 +55,11 @@ class StepBatches:
         for rows in self.rows_of_step(step):
             yield self.to_batch(self.training.batch(step, rows), step, rows)
 
+    def is_last(self, batch: Batch) -> bool:
+        """Whether a micro-batch of a step is the last of this rank's."""
+        size, ranks = self.plan.microbatch_rows, self.world.size
+        return batch.rows.start // (size * ranks) == self.plan.accumulation - 1
+
     def rows_of_step(self, step: int) -> Iterator[range]:
         """Yield the row numbers of each of this rank's passes."""
         size = self.plan.microbatch_rows

@@ -36,7 +36,7 @@ def save_evidence(run_dir: Path, step: int, batches: StepBatches, state: Trainin
             "weights_not_finite": [name for name, p in named if not all_finite(p)],
             "gradients_not_finite": [
                 names[id(parameter)]
-                for parameter, gradient in state.optimizer.gradients()
+                for parameter, gradient in state.engine.gradients()
                 if not all_finite(gradient)
             ],
             "rows": [

@@ -35,7 +35,7 @@ class Guarding:
             NumericsError: Too many such steps; the evidence is in the run folder.
         """
         if not (is_finite(loss) and is_finite(norm)):
-            skipped = not self.parts.state.optimizer.guards
+            skipped = not self.parts.state.engine.guards
             after = advance(progress, self.parts.plan.tokens_per_step, skipped=skipped)
             count = progress.skipped_in_a_row + 1
             self.report_bad_step(step, count, loss, norm)
@@ -94,13 +94,13 @@ class Guarding:
         when there were too many.
         """
         parts = self.parts
-        optimizer, limit = parts.state.optimizer, parts.config.train.max_bad_steps
-        outcome = "coordinates that are not count as 0" if optimizer.guards else "update skipped"
+        engine, limit = parts.state.engine, parts.config.train.max_bad_steps
+        outcome = "coordinates that are not count as 0" if engine.guards else "update skipped"
         self.console.note(
             f"step {step + 1}: loss {loss} or gradient norm {norm} is not finite; {outcome} "
             f"({count} in a row, {limit} stop the run)"
         )
-        begun = optimizer.update_begun and not optimizer.guards
+        begun = engine.update_begun and not engine.guards
         if count < limit and not begun:
             return
         folder = save_evidence(parts.folder.path, step, parts.batches, parts.state)
@@ -112,7 +112,7 @@ class Guarding:
                 f"{folder}; resume from the newest checkpoint, with a lower {lower} or with "
                 "offload.overlap=forward, which skips such steps."
             )
-        also = "" if optimizer.guards else " or turn on optimizer.clip"
+        also = "" if engine.guards else " or turn on optimizer.clip"
         raise NumericsError(
             f"{count} steps in a row had a loss or gradient that is not finite "
             f"(train.max_bad_steps={limit}); "

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from interlace.offload.hardware import resident_bytes
-from interlace.offload.report import UpdateReport
 from interlace.trainer.batches import Batch
 from interlace.trainer.checkpoint.failpoints import disturbed, failpoint
 from interlace.trainer.checkpoint.state import Progress
@@ -116,7 +115,7 @@ class Run:
         plan = self.plan
         self.notes.rate = learning_rate(step, plan.steps, self.parts.config.optimizer)
         # Before backward: with overlap an update begins as soon as its gradients are complete.
-        set_learning_rate(self.parts.state.optimizer, self.notes.rate)
+        set_learning_rate(self.parts.state.engine.optimizer, self.notes.rate)
         self.guarding.integrity.idle.before_backward()
         sums = StepSums()
         self.heartbeat.enter("data", step + 1)
@@ -144,13 +143,15 @@ class Run:
         loss = self.parts.objective.loss(self.parts.model, batch)
         self.heartbeat.enter("backward")
         failpoint("step.backward")
-        disturbed("step.loss", loss.objective / self.plan.accumulation).backward()
+        last = self.parts.batches.is_last(batch)
+        share = disturbed("step.loss", loss.objective / self.plan.accumulation)
+        self.parts.state.engine.backward(share, last)
         return loss
 
     def gradient_norm(self) -> float:
         """Return the global gradient norm over all ranks."""
         self.heartbeat.enter("norm")
-        return self.parts.state.optimizer.gradient_norm()
+        return self.parts.state.engine.gradient_norm()
 
     def diagnose(self, step: int) -> None:
         """Ask the recipe's diagnostics about a gradient: about that of every step, or of those
@@ -158,7 +159,7 @@ class Run:
         """
         logged = is_logged(step + 1, self.plan.steps, self.parts.config.observe.log_every_steps)
         if logged:
-            check_rates(self.parts.state.optimizer, self.notes.rate)
+            check_rates(self.parts.state.engine.optimizer, self.notes.rate)
         for diagnostic in self.parts.diagnostics:
             if logged or isinstance(diagnostic, AskedEveryStep):
                 self.heartbeat.enter("diagnose")
@@ -184,16 +185,17 @@ class Run:
         """
         self.heartbeat.enter("update")
         failpoint("step.update")
-        optimizer = self.parts.state.optimizer
+        engine = self.parts.state.engine
         before = self.progress
         self.progress = self.guarding.judged(step, before, batch_loss, norm)
         skipped = self.progress.skipped_steps > before.skipped_steps
         self.notes.loss, self.notes.gradient_norm = batch_loss, norm
         self.notes.skipped = skipped
-        if not skipped:
-            optimizer.step()
+        if skipped:
+            engine.drop_gradients()
+        else:
+            engine.step()
             self.parts.model.balance_experts(self.notes.expert_loads)
-        optimizer.zero_grad()
         self.guarding.integrity.idle.after_update(step)
         self.diagnose_update(step)
 
@@ -230,7 +232,7 @@ class Run:
         spent_training = seconds - (validation.seconds if validation else 0.0)
         speed = plan.tokens_per_step / spent_training
         peak = hardware.matmul_flops * plan.world_size
-        update = self.newest_update()
+        update = self.parts.state.engine.newest_report()
         on_gpu = self.parts.world.device.type == "cuda"
         return StepRecord(
             step=self.progress.step,
@@ -251,13 +253,6 @@ class Run:
             skipped=True if notes.skipped else None,
             details=notes.details | describe_loads(notes.expert_loads),
         )
-
-    def newest_update(self) -> UpdateReport | None:
-        """Return the report of the newest update that is complete; with overlap one may be under
-        way, which is not waited for.
-        """
-        optimizer = self.parts.state.optimizer
-        return optimizer.finish_report() if optimizer.overlap == "none" else optimizer.monitor.last
 
     def checkpoint_if_due(self) -> None:
         """Save every so many steps, unless the run is about to end, which saves anyway."""

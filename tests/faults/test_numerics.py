@@ -292,7 +292,7 @@ right."""
 IN_IDLE_STATE = """
 def damage(run, step, rank):
     if step == 6 and rank == 1:
-        optimizer = run.parts.state.optimizer
+        optimizer = own_optimizer(run.parts.state.engine)
         optimizer.synchronize()
         flip(optimizer.subgroups[-1].slabs["exp_avg"], 0)
 """

@@ -27,6 +27,7 @@ from interlace.trainer.checkpoint.ledger import Ledger, Pool
 from interlace.trainer.checkpoint.saves import Save, Target
 from interlace.trainer.checkpoint.state import Progress, TrainingState, open_checkpoint
 from interlace.trainer.checkpoint.verify import verify_run
+from interlace.trainer.engines.fsdp2 import Fsdp2Engine
 from interlace.trainer.errors import SaveError, StorageError
 from interlace.trainer.loop import finished_steps, train
 from interlace.trainer.run import Run
@@ -69,7 +70,7 @@ class Stamps:
         )
         count = len(self.optimizer.subgroups)
         self.optimizer.rehome([list(Home)[number % 3] for number in range(count)])
-        self.state = TrainingState(self.model, self.optimizer, Nothing(), World())
+        self.state = TrainingState(self.model, Fsdp2Engine(self.optimizer), Nothing(), World())
         store = CheckpointStore(folder / "checkpoints")
         self.target = Target(store, store.begin_attempt(), SCALARS, pool)
 

@@ -16,6 +16,7 @@ from interlace.trainer.checkpoint.live import Source
 from interlace.trainer.checkpoint.snapshot import Snapshot
 from interlace.trainer.checkpoint.state import TrainingState
 from interlace.trainer.checkpoint.tensors import TensorReader
+from interlace.trainer.engines.fsdp2 import Fsdp2Engine
 from interlace.trainer.world import World
 
 PARTS, ELEMENTS = 16, 8_000_000
@@ -56,7 +57,7 @@ def test_a_gigabyte_saved_beside_updates_is_never_torn(
     training: tuple[torch.nn.ParameterList, OffloadedOptimizer], tmp_path: Path
 ) -> None:
     model, optimizer = training
-    state = TrainingState(model, optimizer, NothingMore(), World())
+    state = TrainingState(model, Fsdp2Engine(optimizer), NothingMore(), World())
     ones = torch.ones(ELEMENTS, dtype=torch.bfloat16)
 
     def update() -> None:

@@ -13,23 +13,41 @@ import torch
 from interlace.kernels.update import merge_master
 from interlace.offload.subgroup import Member, SubgroupState, version_of
 from interlace.offload.watched import Watched
-from interlace.trainer.checkpoint.tensors import Placed, local_part
+from interlace.trainer.checkpoint.tensors import LocalPart, Placed, local_part
 
 SMALL_BYTES = 64 * 2**10
 """Tensors up to this size are copied when a snapshot is taken: that costs less than the book."""
 
 
 @dataclass(frozen=True)
-class Live:
-    """One tensor of the state.
+class Fragment:
+    """Which part of a tensor some memory is, where the tensor itself does not tell.
 
     Attributes:
-        name: Canonical.
+        offset: Where it begins in the whole tensor.
+        global_shape: Of the whole tensor.
+        number: Of several fragments of one tensor on one rank, from 0.
+        ranks: Ranks that hold about equally much of all such tensors.
+    """
+
+    offset: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    number: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Live:
+    """One tensor of the state, or a fragment of one.
+
+    Attributes:
+        name: Canonical, of the whole tensor.
         tensor: The memory itself, plain or a `DTensor`; of a split master its high plane.
         remainder: The other plane of a split master, this rank's elements, 1-D.
         owner: Who announces that it changes, its subgroup for one; None for everything else.
         member: The parameter that it belongs to, where there is one.
         frozen: Nobody changes it while training.
+        fragment: Where `tensor` is this rank's fragment, of which no other rank has anything.
     """
 
     name: str
@@ -38,6 +56,20 @@ class Live:
     owner: Watched | None = None
     member: Member | None = None
     frozen: bool = False
+    fragment: Fragment | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name, unique among everything that a rank has."""
+        number = self.fragment.number if self.fragment else 0
+        return f"{self.name}#{number}" if number else self.name
+
+    def part(self, tensor: torch.Tensor, rank: int) -> LocalPart:
+        """Return this rank's part of it, where `tensor` is what `whole` returned."""
+        if self.fragment is None:
+            return local_part(tensor, rank)
+        where = self.fragment
+        return LocalPart(tensor.detach(), where.offset, where.global_shape, owned=True)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,8 +78,9 @@ class Live:
 
     @property
     def global_bytes(self) -> int:
-        """Size of the whole tensor in a checkpoint."""
-        return self.tensor.numel() * self.dtype.itemsize
+        """Size of the whole tensor in a checkpoint; of fragments, their share of all ranks'."""
+        ranks = 1 if self.fragment is None else self.fragment.ranks
+        return self.tensor.numel() * self.dtype.itemsize * ranks
 
     def whole(self) -> torch.Tensor:
         """Return the tensor, a view of live memory; of a split master a copy."""
@@ -64,6 +97,7 @@ class Source:
 
     Attributes:
         name: Canonical.
+        key: Under which a file holds it.
         placed: What a file holds of it.
         memory: The part's elements, 1-D: live memory or a copy; of a split master its high plane.
         remainder: The other plane of a split master.
@@ -72,6 +106,7 @@ class Source:
     """
 
     name: str
+    key: str
     placed: Placed
     memory: torch.Tensor
     remainder: torch.Tensor | None
@@ -81,7 +116,7 @@ class Source:
     @classmethod
     def of(cls, live: Live, rank: int) -> "Source | None":
         """Return this rank's part of a tensor, or None if another rank stores it."""
-        part = local_part(live.tensor, rank)
+        part = live.part(live.tensor, rank)
         if not part.owned:
             return None
         memory = part.data.reshape(-1)
@@ -92,7 +127,10 @@ class Source:
             memory, remainder = read(memory, remainder).clone(), None
         return cls(
             name=live.name,
-            placed=Placed(live.dtype, tuple(part.data.shape), part.offset, part.global_shape),
+            key=live.key,
+            placed=Placed(
+                live.name, live.dtype, tuple(part.data.shape), part.offset, part.global_shape
+            ),
             memory=memory,
             remainder=remainder,
             live=None if copied else live,

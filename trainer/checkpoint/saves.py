@@ -149,7 +149,10 @@ class Save:
         )
 
         def commit() -> None:
-            index = {name: entry.model_dump() for name, entry in merge_indexes(indexes).items()}
+            index = {
+                name: entry.model_dump(exclude_none=True)
+                for name, entry in merge_indexes(indexes).items()
+            }
             payload = {"tensors": index, "scalars": saved.model_dump(mode="json")}
             self.target.store.publish(self.progress.step, self.target.attempt, files, payload)
 

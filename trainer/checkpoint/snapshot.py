@@ -49,7 +49,7 @@ class Snapshot:
         self.written: Written | None = None
         self.error: str | None = None
         self.seconds = 0.0
-        self.parts = {source.name: source.placed for source in sources}
+        self.parts = {source.key: source.placed for source in sources}
         pool.provide_for(sum(placed.bytes for placed in self.parts.values()))
         self.ledger = Ledger(sources, pool)
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)

@@ -19,12 +19,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from interlace.offload.optimizer import OffloadedOptimizer
-from interlace.offload.subgroup import THRESHOLD, Member, SubgroupState
+from interlace.offload.subgroup import THRESHOLD
 from interlace.trainer.checkpoint.commit import CheckpointStore, Manifest
 from interlace.trainer.checkpoint.failpoints import failpoint
 from interlace.trainer.checkpoint.live import Live
-from interlace.trainer.checkpoint.tensors import TensorReader, local_part, parse_index
+from interlace.trainer.checkpoint.tensors import TensorReader, parse_index
+from interlace.trainer.engines import Engine
 from interlace.trainer.errors import CheckpointError
 from interlace.trainer.guards.spikes import SpikeMemory
 from interlace.trainer.world import World
@@ -122,56 +122,33 @@ class TrainingState:
     """The live objects that a checkpoint saves and restores."""
 
     model: nn.Module
-    optimizer: OffloadedOptimizer
+    engine: Engine
     objective: Remembers
     world: World
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return every tensor of the state by canonical name; parts of it are this rank's
-        shards.
+        """Return every tensor of the state by key, which is its canonical name where this rank has
+        one part of it; parts of it are this rank's shards.
 
         The names and precisions are the same wherever the optimizer keeps its state; no update is
         under way any more.
         """
-        return {live.name: live.whole() for live in self.live()}
+        return {live.key: live.whole() for live in self.live()}
 
     def live(self) -> list[Live]:
         """Return where every tensor of the state lies, in the order of a checkpoint: what belongs
         to a parameter together, parameters in the order of the model, which is about that of
         updates. No update is under way any more.
         """
-        self.optimizer.finish_step()
-        served = {
-            member.parameter: (subgroup, member)
-            for subgroup in self.optimizer.subgroups
-            for member in subgroup.members
-        }
-        found: list[Live] = []
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                found += self.of_parameter(name, *served[parameter])
-            else:
-                # Frozen: the optimizer knows nothing of it.
-                found.append(Live(f"model.{name}", parameter.detach(), frozen=True))
+        self.engine.finish_step()
+        found = self.engine.live(self.model)
         found += [Live(f"model.{name}", buffer) for name, buffer in self.model.named_buffers()]
         remembered = self.objective.state()
         return found + [Live(f"objective.{name}", tensor) for name, tensor in remembered.items()]
 
-    def of_parameter(self, name: str, subgroup: SubgroupState, member: Member) -> list[Live]:
-        """Return a trained parameter's master and what the update rule remembers of it."""
-        high, remainder = subgroup.planes_of(member)
-        state = self.optimizer.state[member.parameter]
-        found = [Live(f"model.{name}", member.shaped(high), remainder, subgroup, member)]
-        for key in ("step", *self.optimizer.rule.moments, THRESHOLD):
-            if key in state:
-                found.append(Live(f"optimizer.{name}.{key}", state[key], None, subgroup, member))
-        return found
-
     def adopt(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Make what `tensors` returned, after it was filled from a checkpoint, the live state."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                self.optimizer.set_master(parameter, tensors[f"model.{name}"])
+        self.engine.adopt(self.model, tensors)
         remembered = {
             name.removeprefix("objective."): tensor
             for name, tensor in tensors.items()
@@ -262,40 +239,41 @@ def load_newest(store: CheckpointStore, state: TrainingState) -> Restored:
 def verify_needed(store: CheckpointStore, opened: OpenCheckpoint, state: TrainingState) -> None:
     """Check the digest and the header of every file that this rank will read."""
     rank = state.world.rank
-    wanted = {name: local_part(tensor, rank) for name, tensor in held(opened, state).items()}
+    wanted = [(live.name, live.part(live.whole(), rank)) for live in held(opened, state)]
     for name in sorted(opened.reader.files_for(wanted)):
         store.verified_path(opened.step, name, opened.manifest)
         opened.reader.check_file(name)
 
 
-def held(opened: OpenCheckpoint, state: TrainingState) -> dict[str, torch.Tensor]:
-    """Return the tensors of the state that a checkpoint must hold: all but thresholds of clipping,
-    which a run that clipped otherwise has none of, and which the next step learns anew.
+def held(opened: OpenCheckpoint, state: TrainingState) -> list[Live]:
+    """Return what a checkpoint must hold of the state: all but thresholds of clipping, which a run
+    that clipped otherwise has none of, and which the next step learns anew.
 
     Raises:
         CheckpointError: It has not what the update rule remembers.
     """
-    tensors, index = state.tensors(), opened.reader.index
-    kept: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        owner, _, key = name.rpartition(".")
-        updated = name not in index and f"{owner}.step" in index
-        if updated and key in state.optimizer.rule.moments:
+    index = opened.reader.index
+    kept: list[Live] = []
+    for live in state.live():
+        owner, _, key = live.name.rpartition(".")
+        updated = live.name not in index and f"{owner}.step" in index
+        if updated and key in state.engine.moments:
             raise CheckpointError(
-                f"tensor {name}: missing from the checkpoint, which was saved with another "
+                f"tensor {live.name}: missing from the checkpoint, which was saved with another "
                 "optimizer.rule, or with optimizer.beta1=0, which remembers no momentum; restore "
                 "these settings, or start a new run with another run.dir"
             )
         if not (updated and key == THRESHOLD):
-            kept[name] = tensor
+            kept.append(live)
     return kept
 
 
 def restore(opened: OpenCheckpoint, state: TrainingState) -> None:
     """Copy a verified checkpoint into the live state and this rank's generators."""
-    tensors = held(opened, state)
-    for name, tensor in tensors.items():
-        opened.reader.read_into(name, local_part(tensor, state.world.rank))
+    tensors: dict[str, torch.Tensor] = {}
+    for live in held(opened, state):
+        tensors[live.key] = live.whole()
+        opened.reader.read_into(live.name, live.part(tensors[live.key], state.world.rank))
         failpoint("load.mid")
     state.adopt(tensors)
     random_states = opened.scalars.random_states

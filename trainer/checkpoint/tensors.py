@@ -9,7 +9,7 @@ Reading never unpickles.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -39,12 +39,19 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Slice(BaseModel):
-    """A box of one global tensor and the file that holds it under the tensor's name."""
+    """A box of one global tensor and the file that holds it, under the tensor's name or, where one
+    file holds several boxes of a tensor, under a `key` of its own.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     file: str
     offset: Extent
     shape: Extent
+    key: str | None = None
+
+    def key_for(self, name: str) -> str:
+        """Return under which key the file holds this box of the tensor of that name."""
+        return self.key or name
 
 
 class TensorEntry(BaseModel):
@@ -83,12 +90,14 @@ class Placed:
     """What a file holds of one tensor: a box of its elements.
 
     Attributes:
+        name: Of the tensor.
         dtype: Of the elements.
         shape: Of the box.
         offset: Where the box begins in the whole tensor.
         global_shape: Of the whole tensor.
     """
 
+    name: str
     dtype: torch.dtype
     shape: Extent
     offset: Extent
@@ -120,15 +129,18 @@ def local_part(tensor: torch.Tensor, rank: int) -> LocalPart:
 
 
 def index_of(file: str, parts: Mapping[str, Placed]) -> TensorIndex:
-    """Return the index of one file that holds these parts, by tensor."""
-    return {
-        name: TensorEntry(
+    """Return the index of one file that holds these parts, by key."""
+    index: TensorIndex = {}
+    for key, part in parts.items():
+        own = None if key == part.name else key
+        held = Slice(file=file, offset=part.offset, shape=part.shape, key=own)
+        known = index.get(part.name)
+        index[part.name] = TensorEntry(
             dtype=DTYPE_NAMES[part.dtype],
             shape=part.global_shape,
-            slices=(Slice(file=file, offset=part.offset, shape=part.shape),),
+            slices=(*(known.slices if known else ()), held),
         )
-        for name, part in parts.items()
-    }
+    return index
 
 
 def safetensors_head(parts: Mapping[str, Placed]) -> bytes:
@@ -244,14 +256,14 @@ class TensorReader:
             for held in entry.slices:
                 if held.file == name:
                     width = DTYPES[entry.dtype].itemsize
-                    expected[tensor] = Expected(entry.dtype, width, held.shape)
+                    expected[held.key_for(tensor)] = Expected(entry.dtype, width, held.shape)
         check_header(self.files[name], expected)
 
-    def files_for(self, wanted: Mapping[str, LocalPart]) -> set[str]:
+    def files_for(self, wanted: Iterable[tuple[str, LocalPart]]) -> set[str]:
         """Return the names of the files that hold some element of the wanted parts."""
         return {
             held.file
-            for name, part in wanted.items()
+            for name, part in wanted
             for held in self.entry(name, part.global_shape, part.data.dtype).slices
             if intersection(held.offset, held.shape, part.offset, tuple(part.data.shape))
         }
@@ -283,9 +295,10 @@ class TensorReader:
     def read_box(self, held: Slice, name: str, shared: tuple[Extent, Extent]) -> torch.Tensor:
         """Return one box of a stored slice; only its bytes are read."""
         with safe_open(self.files[held.file], framework="pt") as file:
+            key = held.key_for(name)
             if not shared[0]:
-                return file.get_tensor(name)
-            return file.get_slice(name)[box(shared, held.offset)]
+                return file.get_tensor(key)
+            return file.get_slice(key)[box(shared, held.offset)]
 
     def read_whole(self, name: str) -> torch.Tensor:
         """Return one whole tensor on the CPU."""

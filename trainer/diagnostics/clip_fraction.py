@@ -15,6 +15,7 @@ from interlace.offload.clipping import mean_fraction
 from interlace.trainer.checkpoint.state import TrainingState
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.diagnostics import diagnostic
+from interlace.trainer.engines.fsdp2 import own_optimizer
 
 
 @diagnostic("clip_fraction")
@@ -29,7 +30,7 @@ class ClipFraction:
 
     def after_backward(self, step: int) -> Mapping[str, float]:
         """Return `clip_fraction`; nothing before the first update is finished."""
-        optimizer = self.state.optimizer
+        optimizer = own_optimizer(self.state.engine)
         # Takes in what no hook has taken: with the first gradient the last step is finished.
         optimizer.gradient_norm()
         fractions = optimizer.clip_fractions()

@@ -21,6 +21,7 @@ from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.diagnostics import diagnostic
 from interlace.trainer.diagnostics.curvature import measured_rows, measuring
 from interlace.trainer.diagnostics.directions import refuse_early_updates
+from interlace.trainer.engines.fsdp2 import own_optimizer
 from interlace.trainer.models.model import Model
 from interlace.trainer.objectives import Objective
 from interlace.trainer.schedules import learning_rate
@@ -42,9 +43,10 @@ class CriticalSharpness:
     every_step = True
 
     def __init__(self, config: RunConfig, state: TrainingState) -> None:
-        refuse_early_updates(state.optimizer, "critical_sharpness")
+        optimizer = own_optimizer(state.engine)
+        refuse_early_updates(optimizer, "critical_sharpness")
         assert isinstance(state.model, Model)
-        self.model, self.optimizer, self.world = state.model, state.optimizer, state.world
+        self.model, self.optimizer, self.world = state.model, optimizer, state.world
         self.settings, self.schedule = config.sharpness, config.optimizer
         self.before: dict[torch.Tensor, torch.Tensor] = {}
 

@@ -25,6 +25,7 @@ from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.diagnostics import diagnostic
 from interlace.trainer.diagnostics.curvature import curvature_along, inner, measured_rows
 from interlace.trainer.diagnostics.directions import refuse_early_updates, shadow_of
+from interlace.trainer.engines.fsdp2 import own_optimizer
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.model import Model
 from interlace.trainer.objectives import Objective
@@ -45,9 +46,10 @@ class DirectionalSharpness:
                     "observe.diagnostics=['critical_sharpness'], or start it on one"
                 ]
             )
-        refuse_early_updates(state.optimizer, "directional_sharpness")
+        optimizer = own_optimizer(state.engine)
+        refuse_early_updates(optimizer, "directional_sharpness")
         assert isinstance(state.model, Model)
-        self.model, self.optimizer, self.settings = state.model, state.optimizer, config.sharpness
+        self.model, self.optimizer, self.settings = state.model, optimizer, config.sharpness
         self.names = {id(each): name for name, each in self.model.named_parameters()}
         self.shadows = {name: shadow_of(name, self.model, config) for name in self.settings.rules}
 

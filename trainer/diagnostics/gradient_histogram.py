@@ -16,7 +16,7 @@ from interlace.kernels.update.histogram import magnitude_histogram, quantile_of
 from interlace.trainer.checkpoint.state import TrainingState
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.diagnostics import diagnostic
-from interlace.trainer.diagnostics.gradient_norms import copies_of, part_of
+from interlace.trainer.diagnostics.gradient_norms import part_of
 from interlace.trainer.observe.metrics import Histogram
 
 QUANTILES = {"p10": 0.9, "p50": 0.5, "p90": 0.1, "p99": 0.01}
@@ -34,7 +34,7 @@ class GradientHistogram:
     """One histogram per block and one of all."""
 
     def __init__(self, config: RunConfig, state: TrainingState) -> None:
-        self.optimizer, self.world = state.optimizer, state.world
+        self.engine, self.world = state.engine, state.world
         named = dict(state.model.named_parameters())
         self.parts = {id(each): part_of(name) for name, each in named.items()}
         self.names = list(dict.fromkeys(self.parts.values()))
@@ -48,8 +48,8 @@ class GradientHistogram:
         empty = magnitude_histogram(torch.zeros(0), 1.0)
         counts = torch.zeros(len(self.names), len(empty), dtype=torch.float64)
         elements, largest = 0.0, 0.0
-        for parameter, gradient in self.optimizer.gradients():
-            share = 1 / copies_of(parameter, self.world.size)
+        for parameter, gradient in self.engine.gradients():
+            share = 1 / self.engine.copies_of(parameter)
             found = magnitude_histogram(gradient.reshape(-1), 1.0)
             counts[self.names.index(self.parts[id(parameter)])] += share * found.cpu()
             elements += share * gradient.numel()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from interlace.offload.idle import Change, Checksum, changed, checksums
+from interlace.trainer.engines.fsdp2 import own_optimizer
 from interlace.trainer.parts import Parts
 
 
@@ -22,7 +23,7 @@ class IdleState:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        self.optimizer = parts.state.optimizer
+        self.engine = parts.state.engine
         self.taken: list[Checksum] = []
         self.changes: list[Change] = []
 
@@ -32,17 +33,18 @@ class IdleState:
         """
         every = self.parts.config.guard.check_state_every_steps
         if every and (step + 1) % every == 0:
-            self.optimizer.synchronize()
-            self.taken = checksums(self.optimizer.subgroups)
+            optimizer = own_optimizer(self.engine)
+            optimizer.synchronize()
+            self.taken = checksums(optimizer.subgroups)
 
     def before_backward(self) -> None:
         """Compare now where updates begin during backward."""
-        if self.optimizer.overlap == "backward":
+        if self.engine.overlap == "backward":
             self.compare()
 
     def before_update(self) -> None:
         """Compare as late as possible where they do not."""
-        if self.optimizer.overlap != "backward":
+        if self.engine.overlap != "backward":
             self.compare()
 
     def compare(self) -> None:
@@ -66,7 +68,7 @@ class IdleState:
         """Return the names of the parameters whose state a chunk holds."""
         named = self.parts.model.named_parameters()
         names: dict[torch.Tensor, str] = {parameter: name for name, parameter in named}
-        members = self.optimizer.subgroups[change.subgroup].members
+        members = own_optimizer(self.engine).subgroups[change.subgroup].members
         return [
             names[member.parameter]
             for member in members

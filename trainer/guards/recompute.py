@@ -24,6 +24,7 @@ from interlace.offload.gradients import Tap
 from interlace.offload.subgroup import local
 from interlace.trainer.batches import Batch
 from interlace.trainer.checkpoint.state import RandomState
+from interlace.trainer.engines.fsdp2 import own_optimizer
 from interlace.trainer.objectives import Loss
 from interlace.trainer.parts import Parts
 
@@ -75,7 +76,7 @@ class RecomputeProbe:
         before = RandomState.capture(self.parts.world.device)
         first = self.dropped(batch, backward, before)
         second = Computation()
-        with self.parts.state.optimizer.tapping(self.into(second, drop=False)):
+        with own_optimizer(self.parts.state.engine).tapping(self.into(second, drop=False)):
             loss = backward(batch)
         second.tensors[LOSS] = on_host(loss.mean_nll)
         self.differing = differing_bits(first, second)
@@ -96,7 +97,7 @@ class RecomputeProbe:
         after = RandomState.capture(device)
         before.restore(device)
         found = Computation()
-        with self.parts.state.optimizer.tapping(self.into(found, drop=True)):
+        with own_optimizer(self.parts.state.engine).tapping(self.into(found, drop=True)):
             loss = backward(batch)
         found.tensors[LOSS] = on_host(loss.mean_nll)
         objective.restore(remembered)
@@ -120,7 +121,7 @@ class RecomputeProbe:
         assert self.batch is not None
         assert self.before is not None
         assert self.results is not None
-        if self.parts.state.optimizer.overlap == "backward":
+        if self.parts.state.engine.overlap == "backward":
             return "undecided"
         third = self.dropped(self.batch, backward, self.before)
         if not self.differing:

@@ -22,6 +22,7 @@ from interlace.trainer.checkpoint.live import Source
 from interlace.trainer.checkpoint.saves import Save
 from interlace.trainer.checkpoint.snapshot import Snapshot
 from interlace.trainer.checkpoint.state import TrainingState
+from interlace.trainer.engines.fsdp2 import Fsdp2Engine
 from interlace.trainer.world import World
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ class Training:
 
     def __init__(self, case: Case) -> None:
         self.model, self.optimizer = open_case(case, load_profile("4xh100-pcie5"))
-        self.state = TrainingState(self.model, self.optimizer, Nothing(), World())
+        self.state = TrainingState(self.model, Fsdp2Engine(self.optimizer), Nothing(), World())
         self.steps = 0
 
     def step(self) -> None:

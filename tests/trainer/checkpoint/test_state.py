@@ -14,6 +14,7 @@ from interlace.trainer.checkpoint.commit import CheckpointStore
 from interlace.trainer.checkpoint.ledger import Pool
 from interlace.trainer.checkpoint.saves import Target, save
 from interlace.trainer.checkpoint.state import Progress, TrainingState, load_newest
+from interlace.trainer.engines.fsdp2 import Fsdp2Engine
 from interlace.trainer.errors import CheckpointError
 from interlace.trainer.world import World
 
@@ -43,13 +44,13 @@ def state_of(rule: UpdateRule, name: str = "threshold") -> TrainingState:
     model = Gate(name)
     budget = MemoryBudget(10**9, 10**9)
     optimizer = OffloadedOptimizer(model.parameters(), rule, strategy="none", budget=budget)
-    return TrainingState(model, optimizer, Nothing(), World())
+    return TrainingState(model, Fsdp2Engine(optimizer), Nothing(), World())
 
 
 def saved_by(state: TrainingState, folder: Path) -> CheckpointStore:
     for parameter in state.model.parameters():
         parameter.grad = torch.ones(3)
-    state.optimizer.step()
+    state.engine.step()
     store = CheckpointStore(folder)
     target = Target(store, store.begin_attempt(), SCALARS, Pool(None))
     save(target, state, Progress(step=1))
@@ -62,7 +63,7 @@ def test_thresholds_that_were_not_learnt_yet_are_not_asked_for(tmp_path: Path) -
     (old,), (new,) = before.model.parameters(), after.model.parameters()
     assert torch.equal(old, new)
     assert bool(new.any())
-    assert after.optimizer.state[new]["threshold"].tolist() == [0.0]
+    assert after.engine.optimizer.state[new]["threshold"].tolist() == [0.0]
 
 
 def test_a_weight_that_is_called_threshold_is_asked_for(tmp_path: Path) -> None:

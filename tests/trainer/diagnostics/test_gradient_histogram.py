@@ -18,6 +18,7 @@ from interlace.offload.optimizer import OffloadedOptimizer
 from interlace.trainer.checkpoint.state import TrainingState
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.diagnostics.gradient_histogram import GradientHistogram, in_octaves
+from interlace.trainer.engines.fsdp2 import Fsdp2Engine
 from interlace.trainer.world import World
 
 Interlace = Callable[..., subprocess.CompletedProcess[str]]
@@ -44,7 +45,7 @@ def diagnose(gradients: Sequence[torch.Tensor]) -> tuple[GradientHistogram, dict
     optimizer = OffloadedOptimizer(model.parameters(), AdamW(), strategy="none")
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         parameter.grad = gradient.clone()
-    state = TrainingState(model, optimizer, Nothing(), World())
+    state = TrainingState(model, Fsdp2Engine(optimizer), Nothing(), World())
     found = GradientHistogram(RunConfig(), state)
     numbers = dict(found.after_backward(1))
     optimizer.close()

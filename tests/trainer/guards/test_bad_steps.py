@@ -93,9 +93,9 @@ def test_a_rule_that_may_skip_lets_updates_begin_after_backward_only(
 ) -> None:
     words = (*tiny, "offload.strategy=host", "optimizer.rule=clipped_sgd", "train.steps=1")
     plain = run_to_the_end((*words, f"run.dir={tmp_path / 'plain'}"))
-    assert plain.parts.state.optimizer.overlap == "backward"
+    assert plain.parts.state.engine.overlap == "backward"
     guarded = run_to_the_end((*words, f"run.dir={tmp_path / 'guarded'}", "guard.spike_sigmas=6"))
-    assert guarded.parts.state.optimizer.overlap == "forward"
+    assert guarded.parts.state.engine.overlap == "forward"
 
 
 @pytest.mark.long

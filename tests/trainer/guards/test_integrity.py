@@ -14,6 +14,7 @@ from interlace.offload.subgroup import local
 from interlace.trainer.assembly import open_run
 from interlace.trainer.checkpoint.state import TrainingState
 from interlace.trainer.config import load_recipe
+from interlace.trainer.engines.fsdp2 import own_optimizer
 from interlace.trainer.errors import NumericsError
 from interlace.trainer.loop import finished_steps
 from interlace.trainer.objectives import Loss
@@ -202,8 +203,8 @@ def test_a_bit_that_flips_in_idle_state_is_found_before_it_is_used(
 
     def flip_in_state(run: Run, step: int) -> None:
         if step == 2:
-            run.parts.state.optimizer.synchronize()
-            subgroup = run.parts.state.optimizer.subgroups[0]
+            own_optimizer(run.parts.state.engine).synchronize()
+            subgroup = own_optimizer(run.parts.state.engine).subgroups[0]
             names = {id(p): name for name, p in run.parts.model.named_parameters()}
             seen.extend(names[id(member.parameter)] for member in subgroup.members)
             flip(subgroup.slabs["master"], 0, 3)
@@ -222,7 +223,7 @@ def test_state_that_is_not_due_is_not_checked(tiny: Sequence[str], tmp_path: Pat
 
     def flip_in_state(run: Run, step: int) -> None:
         if step == 1:
-            run.parts.state.optimizer.synchronize()
-            flip(run.parts.state.optimizer.subgroups[0].slabs["master"], 0, 3)
+            own_optimizer(run.parts.state.engine).synchronize()
+            flip(own_optimizer(run.parts.state.engine).subgroups[0].slabs["master"], 0, 3)
 
     take_steps((*words, f"run.dir={tmp_path / 'run'}"), 4, flip_in_state)
