@@ -152,7 +152,10 @@ def assemble(
     progress, notes = restore(folder, attempt, state, corpus, manifest)
     if world.is_main:
         folder.store.require_live(attempt)
-        notes += describe_start(folder, config, plan, corpus, manifest)
+        documents = dict(engine.documents)
+        if manifest.entries:
+            documents[MANIFEST_NAME] = manifest.document
+        notes += describe_start(folder, config, plan, corpus, documents)
     batches = StepBatches(
         training=training,
         validation=validation,
@@ -209,7 +212,11 @@ def possible_plan(
 
 
 def describe_start(
-    folder: RunFolder, config: RunConfig, plan: Plan, corpus: PreparedCorpus, manifest: Manifest
+    folder: RunFolder,
+    config: RunConfig,
+    plan: Plan,
+    corpus: PreparedCorpus,
+    documents: Mapping[str, Mapping[str, object]],
 ) -> list[str]:
     """Write what a run folder tells of itself before the first step; return notes for a person on
     what has changed since the start before.
@@ -219,8 +226,8 @@ def describe_start(
     if folder.resumes:
         notes.append(contract_note(read_environment(folder.path), environment))
     describe(folder.path, config, plan, corpus, environment)
-    if manifest.entries:
-        write_json(folder.path / MANIFEST_NAME, manifest.document)
+    for name, document in documents.items():
+        write_json(folder.path / name, document)
     return notes
 
 

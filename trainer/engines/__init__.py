@@ -40,6 +40,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def documents(self) -> Mapping[str, Mapping[str, object]]:
+        """What a run folder shows of it as JSON, by file name."""
+        ...
+
+    @property
     def moments(self) -> Sequence[str]:
         """What the update rule remembers of a parameter, by name."""
         ...

@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ class Fsdp2Engine:
     """
 
     notes: Sequence[str] = ()
+    documents: Mapping[str, Mapping[str, object]] = MappingProxyType({})
 
     def __init__(self, optimizer: OffloadedOptimizer, ranks: int = 1) -> None:
         self.optimizer = optimizer

@@ -1,0 +1,160 @@
+"""`deepspeed.initialize` for a run: accelerator, process group, optimizer, JSON, attachment."""
+
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage] - documented
+
+from interlace.offload.deepspeed import Attachment, attach
+from interlace.offload.hardware import HardwareProfile
+from interlace.offload.options import OffloadOptions
+from interlace.offload.schedule import MemoryBudget
+from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.engines.zero.settings import engine_settings
+from interlace.trainer.errors import ConfigError
+from interlace.trainer.models.model import Model
+from interlace.trainer.mup.manifest import Manifest
+from interlace.trainer.optimizer import parameter_groups
+from interlace.trainer.plan import Plan
+from interlace.trainer.rules import rule_of
+from interlace.trainer.world import World
+
+SETTINGS_NAME = "deepspeed.json"
+"""In the run folder: what DeepSpeed was given."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """DeepSpeed's engine for a run.
+
+    Attributes:
+        engine: What `deepspeed.initialize` returned.
+        attachment: Our update in it; None where nothing is offloaded or it could not be.
+        settings: What DeepSpeed was given.
+        notes: What a person should know.
+        end: Undoes what was begun.
+    """
+
+    engine: Any
+    attachment: Attachment | None
+    settings: dict[str, Any]
+    notes: Sequence[str]
+    end: Callable[[], None]
+
+
+def open_zero(
+    model: Model,
+    config: RunConfig,
+    plan: Plan,
+    hardware: HardwareProfile,
+    manifest: Manifest,
+    world: World,
+) -> tuple[Opened, Sequence[str]]:
+    """Return DeepSpeed's engine over a model, and the names of what its rule remembers.
+
+    Raises:
+        ConfigError: Settings conflict, or a tensor has blocks of rows with rates of their own.
+    """
+    settings = engine_settings(config, plan)
+    rule = rule_of(config)
+    client = client_of(config, parameter_groups(model, rule.hyperparameters(), manifest))
+    deepspeed = loaded(world)
+    alone = join_alone(world)
+    if config.parallel.zero_stage == 3:
+        gather_by_layers(deepspeed, model)
+        deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=client, config=settings, dist_init_required=False
+    )
+
+    def end() -> None:
+        engine.destroy()
+        if alone:
+            distributed.destroy_process_group()
+
+    attachment, notes = attached(engine, config, plan, hardware)
+    return Opened(engine, attachment, settings, notes, end), rule.moments
+
+
+def loaded(world: World) -> Any:
+    """Return the package deepspeed, told which device it computes on, and quiet."""
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(world.device.index or 0))
+    deepspeed = importlib.import_module("deepspeed")
+    # It sets the level of its own logger when it is loaded.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Torch renames collectives that DeepSpeed calls in every step.
+    renamed = r"`torch\.distributed\.\w+` is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    return deepspeed
+
+
+def join_alone(world: World) -> bool:
+    """Make a process group of one rank where there is none, which DeepSpeed wants; return whether
+    it was made.
+    """
+    if distributed.is_initialized():
+        return False
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    return True
+
+
+def gather_by_layers(deepspeed: Any, model: Model) -> None:
+    """Let ZeRO-3 gather a whole layer at a time, as FSDP2 does: modules inside a layer use each
+    other's weights, and what is recomputed runs inside its forward.
+    """
+    for unit in model.units:
+        deepspeed.utils.set_z3_leaf_module(unit, True)
+
+
+def client_of(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return the optimizer of torch that a recipe's rule is.
+
+    Raises:
+        ConfigError: Rows of a tensor have rates of their own.
+    """
+    if any("row_blocks" in group for group in groups):
+        raise ConfigError(
+            [
+                "mup.enabled=true: some tensors of this model have blocks of rows that scale in "
+                "different ways, and parallel.engine=deepspeed has one rate per tensor; type "
+                "parallel.engine=fsdp2"
+            ]
+        )
+    hyper = dict(rule_of(config).hyperparameters())
+    make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer.rule]
+    return make(groups, **hyper)
+
+
+def attached(
+    engine: Any, config: RunConfig, plan: Plan, hardware: HardwareProfile
+) -> tuple[Attachment | None, list[str]]:
+    """Attach our update where the recipe offloads; return what speaks against it as notes."""
+    offload, placement = config.offload, plan.offload
+    if offload.strategy == "none":
+        return None, []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        attachment = attach(
+            engine,
+            strategy=offload.strategy,
+            budget=MemoryBudget(placement.device_budget_bytes, placement.host_budget_bytes),
+            profile=hardware,
+            options=OffloadOptions(
+                stride=offload.stride,
+                subgroup_elements=offload.subgroup_elements,
+                staging_slots=offload.staging_slots,
+                cpu_threads=offload.cpu_threads,
+                recalibrate=offload.recalibrate and offload.strategy == "optimal",
+            ),
+        )
+    return attachment, [str(each.message) for each in said if each.category is UserWarning]
