@@ -99,6 +99,7 @@ def plan(arguments: Namespace) -> int:
     from interlace.launch.offload_table import draw_plan, parse_sweep, scaling_lines
     from interlace.launch.output_files import picture_file
     from interlace.launch.plan_table import (
+        check_engine,
         check_rates,
         make_setting,
         plan_table,
@@ -117,6 +118,7 @@ def plan(arguments: Namespace) -> int:
     alone = make_setting(recipe.config, 1, machine)
     setting = on_ranks(alone, ranks)
     resolved = resolve(recipe.config, setting)
+    check_engine(recipe.config, resolved)
     rows = sweep(recipe.config, alone, counts)
     if picture:
         draw_plan(recipe.config, setting, picture)

@@ -129,6 +129,7 @@ def run_rows(config: RunConfig, plan: Plan) -> list[Row]:
             f"{plan.tokens_per_step:,} ({plan.rows_per_step} rows of {plan.sequence_length})",
         ),
         ("ranks", f"{plan.world_size} ({plan.device_type}, {plan.compute_dtype})"),
+        ("engine", engine_in_words(plan)),
         (
             "accumulation",
             f"{plan.accumulation} pass(es) of {plan.microbatch_rows} rows on each rank",
@@ -138,6 +139,23 @@ def run_rows(config: RunConfig, plan: Plan) -> list[Row]:
         ("checkpoints", f"{plan.checkpoints} of {human_bytes(plan.checkpoint_bytes)}"),
         ("validations", f"{plan.validations}"),
     ]
+
+
+def engine_in_words(plan: Plan) -> str:
+    """Say what spreads the model over the ranks."""
+    if plan.zero_stage is not None:
+        return f"DeepSpeed, ZeRO stage {plan.zero_stage}"
+    if plan.world_size == 1:
+        return "none, one rank"
+    return "FSDP2" if plan.replicas == 1 else f"FSDP2 in {plan.replicas} replicas"
+
+
+def check_engine(config: RunConfig, plan: Plan) -> None:
+    """Raise `ConfigError` if a user's own settings of the engine speak against the recipe."""
+    if plan.zero_stage is not None:
+        from interlace.trainer.engines.zero.settings import engine_settings
+
+        engine_settings(config, plan)
 
 
 def model_rows(config: RunConfig, plan: Plan) -> list[Row]:

@@ -29,6 +29,7 @@ class DeviceMemory(BaseModel):
         weights: In the compute dtype.
         activations: What forward keeps for backward.
         gathered_weights: Whole layers, where weights are sharded.
+        engine_buffers: Gradients and buckets that the engine holds itself.
         master_weights: Masters of resident subgroups, less what the weights are themselves.
         moments: Moments of resident subgroups.
         gradients: Gradients of resident and staged subgroups.
@@ -39,6 +40,7 @@ class DeviceMemory(BaseModel):
     weights: int = 0
     activations: int = 0
     gathered_weights: int = 0
+    engine_buffers: int = 0
     master_weights: int = 0
     moments: int = 0
     gradients: int = 0
@@ -53,7 +55,7 @@ class DeviceMemory(BaseModel):
     @property
     def fixed(self) -> int:
         """What offloading does not change."""
-        return self.weights + self.activations + self.gathered_weights
+        return self.weights + self.activations + self.gathered_weights + self.engine_buffers
 
     @property
     def state(self) -> int:
@@ -65,13 +67,15 @@ class HostMemory(BaseModel):
     """Bytes of one rank's optimizer state on the host.
 
     Attributes:
+        engine_buffers: Gradients and weights that the engine holds itself.
         master_weights: Masters of staged and host subgroups.
         moments: Moments of staged and host subgroups.
-        gradients: Gradients of host subgroups.
+        gradients: Gradients of host subgroups, and of staged ones where they arrive with the state.
         new_weights: Weights of host subgroups on their way to the device.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    engine_buffers: int = 0
     master_weights: int = 0
     moments: int = 0
     gradients: int = 0
@@ -81,6 +85,11 @@ class HostMemory(BaseModel):
     @property
     def total(self) -> int:
         """Sum of all kinds."""
+        return self.engine_buffers + self.state
+
+    @property
+    def state(self) -> int:
+        """State, gradients and new weights."""
         return self.master_weights + self.moments + self.gradients + self.new_weights
 
 
@@ -121,7 +130,7 @@ def room_of(hardware: HardwareProfile, device_type: str, ranks_per_host: int) ->
 
 
 def memory_by_kind(
-    fixed: DeviceMemory,
+    fixed: Memory,
     subgroups: Sequence[Subgroup],
     homes: Sequence[Home],
     slots: int,
@@ -130,7 +139,7 @@ def memory_by_kind(
     """Return the memory of one rank.
 
     Args:
-        fixed: Weights, activations and gathered layers.
+        fixed: What offloading does not change: weights, activations, buffers.
         subgroups: The rank's subgroups.
         homes: Their homes.
         slots: Staging slots.
@@ -145,14 +154,15 @@ def memory_by_kind(
         kept = footprint.state if home is Home.HOST else footprint.staged_copy
         state["master_weights"] += size * (kept - moment_bytes)
         state["moments"] += size * moment_bytes
-        (host if home is Home.HOST else device)["gradients"] += size * footprint.gradient
+        with_state = home is Home.HOST or footprint.gradient_with_state
+        (state if with_state else device)["gradients"] += size * footprint.gradient
         if home is Home.HOST and not footprint.weight_is_master:
             host["new_weights"] += size * footprint.weight
         if home is Home.STAGED:
-            slot = max(slot, size * footprint.staged_copy)
+            slot = max(slot, size * footprint.copied_in)
     return Memory(
-        device=fixed.model_copy(update={**device, "staging_slots": slots * slot}),
-        host=HostMemory(**host),
+        device=fixed.device.model_copy(update={**device, "staging_slots": slots * slot}),
+        host=fixed.host.model_copy(update=host),
     )
 
 
@@ -180,7 +190,8 @@ class Demand:
         host_budget: Likewise of the host.
         microbatch_rows: Rows of one pass.
         checkpointing: What backward recomputes.
-        moments: Precision of moments.
+        halves_moments: Whether moments might be kept in half the bytes.
+        more_ranks: What lets more ranks share the weights.
     """
 
     strategy: str
@@ -189,7 +200,8 @@ class Demand:
     host_budget: int | None
     microbatch_rows: int
     checkpointing: str
-    moments: str
+    halves_moments: bool
+    more_ranks: str
 
 
 def shortage_of(demand: Demand, room: Room) -> Shortage | None:
@@ -203,8 +215,8 @@ def shortage_of(demand: Demand, room: Room) -> Shortage | None:
         found.append(budget_shortage(demand, "device", device.state, demand.device_budget))
     if not room.shared and host.total > room.host_bytes:
         found.append(host_shortage(demand, room))
-    elif demand.host_budget is not None and host.total > demand.host_budget:
-        found.append(budget_shortage(demand, "host", host.total, demand.host_budget))
+    elif demand.host_budget is not None and host.state > demand.host_budget:
+        found.append(budget_shortage(demand, "host", host.state, demand.host_budget))
     if not found:
         return None
     long = "\n".join(each.long for each in found)
@@ -239,7 +251,7 @@ def device_shortage(demand: Demand, room: Room, needs: int) -> Shortage:
             remedies.append("train.activation_checkpointing=block")
         if demand.microbatch_rows > 1:
             remedies.append(f"train.microbatch_rows={demand.microbatch_rows // 2}")
-    remedies.append("more ranks that share the weights (plan --ranks N)")
+    remedies.append(demand.more_ranks)
     return Shortage(
         few_words(needs, where, "has", room.device_bytes),
         f"offload.strategy={demand.strategy}: needs {human_bytes(needs)} of {where} memory "
@@ -255,6 +267,7 @@ def parts(demand: Demand, room: Room) -> list[tuple[str, int]]:
         ("weights", device.weights),
         ("activations", device.activations),
         ("gathered weights", device.gathered_weights),
+        ("engine buffers", device.engine_buffers),
         ("optimizer state", device.state),
     ]
     return [*named, ("state on the host", host.total)] if room.shared else named
@@ -264,7 +277,7 @@ def host_shortage(demand: Demand, room: Room) -> Shortage:
     """Word a host that is too small."""
     needs = demand.memory.host.total
     remedies = ["offload.strategy=optimal"] if demand.strategy in {"host", "stride"} else []
-    if demand.moments != "bfloat16":
+    if demand.halves_moments:
         remedies.append("offload.moments=bfloat16")
     remedies.append("ranks on more hosts")
     return Shortage(

@@ -12,6 +12,7 @@ import os
 from interlace.offload.memory import available_host_bytes
 from interlace.trainer.capacity import GIB
 from interlace.trainer.checkpoint.ledger import COPIED_SHARE
+from interlace.trainer.config.parallel_checks import uses_zero
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import MemoryShort
 from interlace.trainer.observe.units import human_bytes
@@ -32,7 +33,8 @@ def require_host_memory(config: RunConfig, plan: Plan) -> None:
     listed = ", ".join(f"{human_bytes(size)} {kind}" for kind, size in needs.items() if size)
     together = f", and of its {ranks} ranks {human_bytes(needed * ranks)}" if ranks > 1 else ""
     remedies: list[str] = []
-    if config.offload.moments != "bfloat16" and config.offload.strategy != "none":
+    kept = config.offload.moments != "bfloat16" and config.offload.strategy != "none"
+    if kept and not uses_zero(config):
         remedies.append("offload.moments=bfloat16")
     if needs["copies for checkpoints"]:
         remedies.append("checkpoint.asynchronous=false")

@@ -35,6 +35,7 @@ from interlace.trainer.capacity import (
     GIB,
     Demand,
     DeviceMemory,
+    HostMemory,
     Memory,
     Room,
     Shortage,
@@ -44,7 +45,9 @@ from interlace.trainer.capacity import (
     shortage_of,
 )
 from interlace.trainer.config.clip_checks import clips_coordinates, waits_for_all_gradients
+from interlace.trainer.config.parallel_checks import uses_zero
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.division import Division, buffers_of
 from interlace.trainer.rules import rule_of
 
 
@@ -162,6 +165,8 @@ class Circumstances:
         device_type: `cpu` or `cuda`.
         ranks_per_host: Ranks that share a host.
         parameters: Of one rank's shard.
+        whole_parameters: Of the model.
+        division: Among how many ranks it is divided.
         compute_dtype: Of weights and activations.
         microbatch_rows: Rows of one pass.
         accumulation: Backward passes per step.
@@ -175,6 +180,8 @@ class Circumstances:
     device_type: str
     ranks_per_host: int
     parameters: int
+    whole_parameters: int
+    division: Division
     compute_dtype: torch.dtype
     microbatch_rows: int
     accumulation: int
@@ -271,22 +278,41 @@ def budget_of(config: RunConfig, facts: Circumstances, strategy: str) -> MemoryB
     for each, since every byte can be used once only.
     """
     offload, room = config.offload, facts.room
-    device, host = room.device_bytes - facts.fixed.total, room.host_bytes
+    fixed = fixed_under(config, facts, strategy)
+    device, host = room.device_bytes - fixed.device.total, room.host_bytes - fixed.host.total
     if room.shared and strategy == "optimal":
-        device, host = host // 2 - facts.fixed.total, host // 2
+        half = room.host_bytes // 2
+        device, host = half - fixed.device.total, half - fixed.host.total
     if offload.device_budget_gib is not None:
         device = min(int(offload.device_budget_gib * GIB), room.device_bytes)
     if offload.host_budget_gib is not None:
         host = min(int(offload.host_budget_gib * GIB), room.host_bytes)
-    return MemoryBudget(max(0, device), host)
+    return MemoryBudget(max(0, device), max(0, host))
+
+
+def fixed_under(config: RunConfig, facts: Circumstances, strategy: str) -> Memory:
+    """Return what homes do not change of a rank's memory: weights, activations, buffers."""
+    buffers = buffers_of(
+        config,
+        facts.division,
+        facts.whole_parameters,
+        facts.compute_dtype.itemsize,
+        offloads=strategy != "none",
+    )
+    return Memory(
+        device=facts.fixed.model_copy(update={"engine_buffers": buffers.device}),
+        host=HostMemory(engine_buffers=buffers.host),
+    )
 
 
 def overlap_of(config: RunConfig, strategy: str) -> Overlap:
-    """Return what updates of a strategy run beside: as asked, else as much as stays exact."""
+    """Return what updates of a strategy run beside: as asked, else as much as stays exact; nothing
+    under ZeRO, which begins and ends them in its step.
+    """
     offload = config.offload
     if offload.overlap != "auto":
         return offload.overlap
-    if strategy == "none":
+    if strategy == "none" or uses_zero(config):
         return "none"
     return "forward" if waits_for_all_gradients(config) else "backward"
 
@@ -303,7 +329,9 @@ def window_of(overlap: Overlap, facts: Circumstances) -> HiddenWindow:
 
 
 def layout_of(config: RunConfig) -> StateLayout:
-    """Return in which precision state is kept."""
+    """Return in which precision state is kept; that of ZeRO is DeepSpeed's."""
+    if uses_zero(config):
+        return StateLayout(rule_of(config), sums_gradients=True, lent=True)
     return StateLayout(
         rule_of(config),
         getattr(torch, config.offload.moments),
@@ -313,8 +341,10 @@ def layout_of(config: RunConfig) -> StateLayout:
 
 def footprint_of(config: RunConfig, facts: Circumstances) -> Footprint:
     """Return bytes per parameter."""
-    gradient = facts.compute_dtype if facts.accumulation == 1 else torch.float32
-    return layout_of(config).footprint(facts.compute_dtype, gradient)
+    layout = layout_of(config)
+    one_pass = facts.accumulation == 1 and not layout.lent
+    gradient = facts.compute_dtype if one_pass else torch.float32
+    return layout.footprint(facts.compute_dtype, gradient)
 
 
 def moment_bytes(config: RunConfig) -> int:
@@ -370,7 +400,8 @@ def outcome_of(config: RunConfig, facts: Circumstances, strategy: str) -> Outcom
             refusal = Shortage("does not fit its budgets", str(error))
     homes = schedule.homes if schedule else least_homes(config, facts, strategy, subgroups, budget)
     slots = config.offload.staging_slots
-    memory = memory_by_kind(facts.fixed, subgroups, homes, slots, moment_bytes(config))
+    fixed = fixed_under(config, facts, strategy)
+    memory = memory_by_kind(fixed, subgroups, homes, slots, moment_bytes(config))
     shortage = shortage_of(demand_of(config, facts, strategy, memory), facts.room) or refusal
     return Outcome(overlap, homes, memory, schedule, shortage)
 
@@ -409,7 +440,8 @@ def demand_of(config: RunConfig, facts: Circumstances, strategy: str, memory: Me
         host_budget=None if offload.host_budget_gib is None else budget.host_bytes,
         microbatch_rows=facts.microbatch_rows,
         checkpointing=config.train.activation_checkpointing,
-        moments=offload.moments,
+        halves_moments=offload.moments != "bfloat16" and not uses_zero(config),
+        more_ranks=facts.division.remedy,
     )
 
 

@@ -15,7 +15,9 @@ from interlace.offload.schedule import HiddenWindow, Schedule
 from interlace.trainer.attention_choice import attention_backend
 from interlace.trainer.capacity import DeviceMemory, Memory
 from interlace.trainer.communication import Traffic, communication_seconds
+from interlace.trainer.config.parallel_checks import uses_zero
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.division import division_of, gathered_elements, share
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.cost import ForwardPass, idle_parameters, parameter_count
 from interlace.trainer.models.depth import layer_patterns
@@ -86,6 +88,8 @@ class Plan(BaseModel):
     compiled: bool
     world_size: int
     ranks_per_host: int
+    engine: str
+    zero_stage: int | None
     replicas: int
     steps: int
     tokens_per_step: int
@@ -146,6 +150,8 @@ def resolve(config: RunConfig, setting: Setting) -> Plan:
         compiled=compiles(config, setting.device_type),
         world_size=size,
         ranks_per_host=setting.ranks_per_host,
+        engine=config.parallel.engine,
+        zero_stage=zero_stage(config),
         replicas=config.parallel.replicas,
         steps=train.steps,
         tokens_per_step=train.tokens_per_step,
@@ -249,12 +255,15 @@ def circumstances(
         ranks_per_host=setting.ranks_per_host,
         replicas=config.parallel.replicas,
         passes=accumulation,
+        zero_stage=zero_stage(config),
     )
     return Circumstances(
         hardware=hardware,
         device_type=setting.device_type,
         ranks_per_host=setting.ranks_per_host,
         parameters=shard_size(config, setting),
+        whole_parameters=traffic.parameters,
+        division=division_of(config, setting.world_size),
         compute_dtype=dtype,
         microbatch_rows=rows,
         accumulation=accumulation,
@@ -279,10 +288,9 @@ def update_schedules(
 
 
 def shard_size(config: RunConfig, setting: Setting) -> int:
-    """Return the parameters of one rank."""
-    shards = setting.world_size // config.parallel.replicas
+    """Return the parameters whose state one rank has."""
     parameters = objective_of(config).parameter_count(config, setting.vocabulary_size)
-    return -(-parameters // shards)
+    return share(parameters, division_of(config, setting.world_size).state)
 
 
 def fixed_memory(
@@ -290,13 +298,12 @@ def fixed_memory(
 ) -> DeviceMemory:
     """Return the device memory of one rank that offloading does not change.
 
-    Weights have the compute dtype and are sharded over the ranks of one replica; while they are,
-    two whole layers are gathered at a time.
+    Weights have the compute dtype; where they are divided among ranks, whole layers are gathered.
     """
-    shard = shard_size(config, setting)
-    sharded = setting.world_size > config.parallel.replicas
+    division = division_of(config, setting.world_size)
     layers = len(layer_patterns(config.model))
     whole = objective_of(config).parameter_count(config, setting.vocabulary_size)
+    part = share(whole, division.weights)
     forward = ForwardPass(
         tokens=rows * config.data.sequence_length,
         sequence_length=config.data.sequence_length,
@@ -307,11 +314,11 @@ def fixed_memory(
     backend = attention_backend(config, setting.device_type, rows)
     model = config.model.model_copy(update={"attention_backend": backend})
     return DeviceMemory(
-        weights=element_bytes * shard + untrained_bytes(config, setting, element_bytes),
+        weights=element_bytes * part + untrained_bytes(config, setting, element_bytes),
         activations=objective_of(config).activation_bytes(
             config.model_copy(update={"model": model}), setting.vocabulary_size, forward
         ),
-        gathered_weights=2 * element_bytes * whole // layers if sharded else 0,
+        gathered_weights=element_bytes * gathered_elements(config, division, whole, layers),
     )
 
 
@@ -320,7 +327,7 @@ def untrained_bytes(config: RunConfig, setting: Setting, element_bytes: int) -> 
     objective, vocabulary = objective_of(config), setting.vocabulary_size
     if not isinstance(objective, Accompanied):
         return 0
-    shards = setting.world_size // config.parallel.replicas
+    shards = division_of(config, setting.world_size).weights
     return objective.untrained_bytes(config, vocabulary, shards, element_bytes)
 
 
@@ -330,6 +337,11 @@ def checkpoint_bytes_per_parameter(config: RunConfig) -> int:
     """
     moment = 2 if config.offload.moments == "bfloat16" else 4
     return 4 + moment * len(rule_of(config).moments)
+
+
+def zero_stage(config: RunConfig) -> int | None:
+    """Return the stage of ZeRO, or None where another engine spreads the model."""
+    return config.parallel.zero_stage if uses_zero(config) else None
 
 
 def due_times(every: int, steps: int) -> int:

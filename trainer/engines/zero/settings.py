@@ -11,6 +11,7 @@ of 0.19.
 from typing import Any
 
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.division import bucket_elements
 from interlace.trainer.engines.zero.decisions import OFFLOAD, decisions_of
 from interlace.trainer.engines.zero.merging import Merge
 from interlace.trainer.engines.zero.own_settings import read_own_settings
@@ -20,11 +21,6 @@ from interlace.trainer.plan import Plan
 
 NEVER = 2**31 - 1
 """Steps between lines that DeepSpeed prints: none ever comes."""
-
-MOST_BUCKET_ELEMENTS = 200_000_000
-"""Gradients that are reduced together; DeepSpeed holds one or two buffers of that many on the
-device all the time.
-"""
 
 
 def engine_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
@@ -46,7 +42,7 @@ def engine_settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
             merge.put(path.split("."), decision.value)
     merge.add(renamed(read_own_settings(file)))
     problems = [f"parallel.deepspeed_config={file}: {problem}" for problem in merge.problems]
-    if found := sums_elsewhere(config, merge.settings):
+    if found := sums_elsewhere(config, plan, merge.settings):
         problems.append(found)
     if problems:
         raise ConfigError(problems)
@@ -57,14 +53,14 @@ def defaults(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """Return what is better than DeepSpeed's own defaults, and what the user's file may change."""
     zero: dict[str, Any] = {
         "contiguous_gradients": True,
-        "reduce_bucket_size": min(MOST_BUCKET_ELEMENTS, plan.parameters),
+        "reduce_bucket_size": bucket_elements(plan.parameters),
     }
     if config.offload.strategy != "none":
         zero["offload_optimizer"] = {"pin_memory": plan.device_type == "cuda"}
     return {
         "zero_optimization": zero,
         "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "data_types": {"grad_accum_dtype": "bf16" if sums_nothing(config, plan) else "fp32"},
         "steps_per_print": NEVER,
         "wall_clock_breakdown": False,
         # ZeRO asks for it where it does not know the class of an optimizer.
@@ -86,14 +82,29 @@ def renamed(own: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-def sums_elsewhere(config: RunConfig, settings: dict[str, Any]) -> str | None:
-    """Return what speaks against a run for which DeepSpeed leaves ZeRO's own optimizer."""
-    bf16, dtype = settings["bf16"]["enabled"], settings["data_types"]["grad_accum_dtype"]
+def in_another_optimizer(config: RunConfig, plan: Plan) -> bool:
+    """Whether DeepSpeed would leave ZeRO's own optimizer for one of bfloat16, if gradients were
+    summed in float32.
+    """
     offloads = config.offload.strategy != "none"
-    if config.parallel.zero_stage > 1 or offloads or not bf16 or dtype != "fp32":
+    return config.parallel.zero_stage == 1 and plan.compute_dtype == "bfloat16" and not offloads
+
+
+def sums_nothing(config: RunConfig, plan: Plan) -> bool:
+    """Whether gradients may stay in bfloat16 where ZeRO's own optimizer wants that: they come once
+    in a step, and ranks sum them in float32.
+    """
+    return in_another_optimizer(config, plan) and plan.accumulation == 1
+
+
+def sums_elsewhere(config: RunConfig, plan: Plan, settings: dict[str, Any]) -> str | None:
+    """Return what speaks against a run for which DeepSpeed leaves ZeRO's own optimizer."""
+    in_float32 = settings["data_types"]["grad_accum_dtype"] == "fp32"
+    if not (in_another_optimizer(config, plan) and in_float32):
         return None
     return (
-        "parallel.zero_stage=1: where weights are in bfloat16 and no state is offloaded, DeepSpeed "
-        "sums gradients in another optimizer than that of ZeRO, whose state is not known here; "
-        "type parallel.zero_stage=2, offload.strategy=host or train.compute_dtype=float32"
+        f"parallel.zero_stage=1: the {plan.accumulation} passes of a step are summed in float32, "
+        "which DeepSpeed does in another optimizer than that of ZeRO where weights are in bfloat16 "
+        "and no state is offloaded, and whose state is not known here; type "
+        "parallel.zero_stage=2, offload.strategy=host or train.compute_dtype=float32"
     )

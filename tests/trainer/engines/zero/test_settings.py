@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import run_on_ranks
 
 from interlace.launch.plan_table import make_setting
 from interlace.offload.hardware import HardwareProfile, load_profile
@@ -102,10 +103,19 @@ def test_buckets_are_no_longer_than_the_model() -> None:
 
 
 def test_bfloat16_that_zero_1_would_sum_elsewhere_is_refused() -> None:
-    words = "parallel.zero_stage=1 train.compute_dtype=bfloat16"
-    with pytest.raises(ConfigError, match=r"type parallel\.zero_stage=2, offload\.strategy=host"):
+    words = "parallel.zero_stage=1 train.compute_dtype=bfloat16 train.microbatch_rows=2"
+    with pytest.raises(ConfigError) as caught:
         settings_of(words)
-    assert settings_of(f"{words} offload.strategy=host")["bf16"] == {"enabled": True}
+    assert str(caught.value) == (
+        "parallel.zero_stage=1: the 2 passes of a step are summed in float32, which DeepSpeed does "
+        "in another optimizer than that of ZeRO where weights are in bfloat16 and no state is "
+        "offloaded, and whose state is not known here; type parallel.zero_stage=2, "
+        "offload.strategy=host or train.compute_dtype=float32"
+    )
+    offloaded = settings_of(f"{words} offload.strategy=host")
+    assert offloaded["data_types"]["grad_accum_dtype"] == "fp32"
+    one_pass = settings_of(words.replace("rows=2", "rows=4"))
+    assert one_pass["data_types"]["grad_accum_dtype"] == "bf16"
 
 
 # ---- a user's own --------------------------------------------------------------------------------
@@ -283,6 +293,67 @@ def test_a_file_that_cannot_be_read_is_told_of(tmp_path: Path) -> None:
 
 
 # ---- beside DeepSpeed itself ---------------------------------------------------------------------
+
+SUMMED = """
+import os, warnings
+os.environ["DS_ACCELERATOR"] = "cpu"
+warnings.filterwarnings("ignore")
+import copy, json, logging
+import deepspeed, torch
+from deepspeed.utils import safe_get_full_grad
+logging.disable(logging.WARNING)
+
+deepspeed.init_distributed("gloo")
+rank, found = torch.distributed.get_rank(), []
+for settings in SETTINGS:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    twin, generator = copy.deepcopy(model).bfloat16(), torch.Generator().manual_seed(rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    passes = settings["gradient_accumulation_steps"]
+    sums = [torch.zeros(weight.shape) for weight in twin.parameters()]
+    for number in range(passes):
+        x = torch.randn(4, 64, generator=generator).bfloat16()
+        engine.backward((engine(x).float() ** 2).sum())
+        loss = (twin(x).float() ** 2).sum() / passes
+        for total, one in zip(sums, torch.autograd.grad(loss, list(twin.parameters()))):
+            total += one.float()
+        if number < passes - 1:
+            engine.step()
+    for total in sums:
+        torch.distributed.all_reduce(total)
+    got = [safe_get_full_grad(weight) for weight in engine.module.parameters()]
+    apart = [(a.float() - b / 2).abs().max() / b.abs().max() for a, b in zip(got, sums)]
+    found.append([type(engine.optimizer).__name__, float(max(apart))])
+    engine.step()
+    engine.destroy()
+if rank == 0:
+    print("FOUND", json.dumps(found), flush=True)
+torch.distributed.barrier()
+"""
+
+
+def test_gradients_in_bfloat16_are_summed_in_float32_in_every_stage(tmp_path: Path) -> None:
+    usual = "train.compute_dtype=bfloat16 train.microbatch_rows=1 parallel.zero_stage="
+    words = [f"{usual}{stage} offload.strategy=host" for stage in (1, 2, 3)]
+    words += [f"{usual}{stage}" for stage in (2, 3)]
+    made = [settings_of(each) for each in words]
+    in_bfloat16 = {"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
+    made.append(made[-1] | in_bfloat16)
+    # One pass of one row: what ranks send is all that is summed.
+    made.append(settings_of(f"{usual}1".replace("rows=1", "rows=4")))
+    done = run_on_ranks(f"SETTINGS = {made!r}\n{SUMMED}", tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    *exact, rounded, once = json.loads(line.removeprefix("FOUND "))
+    assert [apart for _, apart in exact] == [0.0] * 5
+    assert rounded[1] > 1e-3
+    # The sum is exact; that it is kept in bfloat16 is the only rounding.
+    assert once[1] < 2**-8
+    kinds = {name for name, _ in (*exact, rounded, once)}
+    assert kinds == {"DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"}
+
 
 ASKED = """
 import json, os, sys
