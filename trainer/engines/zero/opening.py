@@ -67,6 +67,7 @@ def open_zero(
     client = client_of(config, parameter_groups(model, rule.hyperparameters(), manifest))
     deepspeed = loaded(world)
     alone = join_alone(world)
+    deepspeed.init_distributed(verbose=False)
     if config.parallel.zero_stage == 3:
         gather_by_layers(deepspeed, model)
         deepspeed.zero.Init(module=model, config_dict_or_path=settings)
