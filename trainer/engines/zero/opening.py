@@ -17,6 +17,7 @@ from interlace.offload.hardware import HardwareProfile
 from interlace.offload.options import OffloadOptions
 from interlace.offload.schedule import MemoryBudget
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.engines.zero.accepted import require_accepted
 from interlace.trainer.engines.zero.settings import engine_settings
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.model import Model
@@ -60,12 +61,13 @@ def open_zero(
     """Return DeepSpeed's engine over a model, and the names of what its rule remembers.
 
     Raises:
-        ConfigError: Settings conflict, or a tensor has blocks of rows with rates of their own.
+        ConfigError: Settings conflict, DeepSpeed refuses them, or a tensor has blocks of rows with rates of their own.
     """
     settings = engine_settings(config, plan)
     rule = rule_of(config)
     client = client_of(config, parameter_groups(model, rule.hyperparameters(), manifest))
     deepspeed = loaded(world)
+    require_accepted(settings, config.parallel.deepspeed_config)
     alone = join_alone(world)
     deepspeed.init_distributed(verbose=False)
     if config.parallel.zero_stage == 3:
