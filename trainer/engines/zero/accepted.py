@@ -1,4 +1,4 @@
-"""DeepSpeed's own word on a user's settings: types and limits of what the recipe does not decide."""
+"""DeepSpeed's own word on a user's settings: types and limits that no recipe knows of."""
 
 import importlib
 from collections.abc import Mapping

@@ -61,7 +61,8 @@ def open_zero(
     """Return DeepSpeed's engine over a model, and the names of what its rule remembers.
 
     Raises:
-        ConfigError: Settings conflict, DeepSpeed refuses them, or a tensor has blocks of rows with rates of their own.
+        ConfigError: Settings conflict, DeepSpeed refuses them, or a tensor has blocks of rows with
+            rates of their own.
     """
     settings = engine_settings(config, plan)
     rule = rule_of(config)

@@ -404,3 +404,47 @@ def test_deepspeed_takes_the_json_and_has_the_settings_that_are_known() -> None:
     assert taken[:3] == [[*usual, stage, 100_000_000, "cpu"] for stage in (1, 2, 3)]
     assert taken[3] == [8, 2, 1.0, True, "torch.float32", "fp32", 3, 100_000_000, "none"]
     assert {path: sorted(KNOWN[path]) for path in names} == names
+
+
+REFUSED_BY_DEEPSPEED = """
+import os
+os.environ["DS_ACCELERATOR"] = "cpu"
+import deepspeed
+from interlace.trainer.engines.zero.accepted import require_accepted
+from interlace.trainer.errors import ConfigError
+
+for settings in SETTINGS:
+    try:
+        require_accepted(settings, "own.json")
+        print("SAID nothing", flush=True)
+    except ConfigError as error:
+        print("SAID", error, flush=True)
+"""
+
+
+def test_what_deepspeed_refuses_by_itself_is_a_mistake_of_the_file(
+    merged: Callable[..., dict[str, Any]],
+) -> None:
+    own = [
+        {"zero_optimization": {"overlap_comm": False}},
+        {"zero_optimization": {"reduce_bucket_size": "big", "allgather_bucket_size": -1}},
+        {"communication_data_type": "fp8"},
+        {"tensorboard": {"enabeld": True}},
+    ]
+    script = f"SETTINGS = {[merged(each) for each in own]!r}\n{REFUSED_BY_DEEPSPEED}"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [line for line in done.stdout.splitlines() if line.startswith("SAID ")]
+    start = "SAID parallel.deepspeed_config=own.json: DeepSpeed refuses it: "
+    assert said[0] == "SAID nothing"
+    assert said[1].startswith(f"{start}reduce_bucket_size='big': Input should be a valid integer")
+    assert "; allgather_bucket_size=-1: Input should be greater than or equal to 0" in said[1]
+    assert said[2].startswith(f"{start}ValueError: Invalid communication_data_type.")
+    assert said[3].startswith(f"{start}tensorboard.enabeld=True: Extra inputs are not permitted")
+    assert said[3].endswith("; mend it")
