@@ -121,6 +121,49 @@ def test_a_bare_import_is_refused_with_the_name_to_use(layer: str) -> None:
     assert f"import this package as interlace.{layer}" in done.stderr
 
 
+MAY_LOAD_DEEPSPEED = ("offload/deepspeed/", "trainer/engines/zero/")
+
+
+def loads_deepspeed(tree: ast.AST) -> bool:
+    """Whether code imports DeepSpeed, by a statement or by name."""
+    for node in ast.walk(tree):
+        names: list[object] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [each.value for each in node.args[:1] if isinstance(each, ast.Constant)]
+        if any(isinstance(name, str) and re.match(r"deepspeed(\.|$)", name) for name in names):
+            return True
+    return False
+
+
+def test_deepspeed_is_imported_by_what_is_for_it_and_by_nothing_else() -> None:
+    loading = {
+        path.relative_to(ROOT).as_posix()
+        for path in our_files()
+        if loads_deepspeed(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert {path for path in loading if not path.startswith(MAY_LOAD_DEEPSPEED)} == set()
+    # The search finds what there is.
+    assert "offload/deepspeed/attaching.py" in loading
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import deepspeed",
+        "def f():\n    import deepspeed.ops as ops",
+        "from deepspeed.utils import groups",
+        "importlib.import_module('deepspeed.runtime')",
+    ],
+)
+def test_every_way_to_import_deepspeed_is_seen(code: str) -> None:
+    assert loads_deepspeed(ast.parse(code))
+    assert not loads_deepspeed(ast.parse(code.replace("deepspeed", "interlace.offload.deepspeed")))
+
+
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [

@@ -51,7 +51,6 @@ report(shown)
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    pytest.importorskip("deepspeed")
     return shown_by(SHOWN, tmp_path_factory.mktemp("deepspeed"))
 
 

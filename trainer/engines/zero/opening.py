@@ -95,6 +95,10 @@ def loaded(world: World) -> Any:
     deepspeed = importlib.import_module("deepspeed")
     # It sets the level of its own logger when it is loaded.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if world.device.type == "cpu":
+        # Collectives for inference: it would compile them for minutes before it trains, with a
+        # compiler that there may not be, or wait for the lock of a start that was killed.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Torch renames collectives that DeepSpeed calls in every step.
     renamed = r"`torch\.distributed\.\w+` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
