@@ -241,7 +241,7 @@ def test_the_remedies_of_conflicts_mend_them(
             "(offload.strategy=host); leave it out",
         ),
         ({"bf16": True}, "bf16 is true, and DeepSpeed has a table there"),
-        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is true, and the recipe"),
+        ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps is true, and the re"),
         ({"train_batch_sise": 8}, "DeepSpeed has no setting train_batch_sise; did you mean train_"),
         (
             {"zero_optimization": {"reduce_buckets": 1}},
