@@ -81,7 +81,10 @@ def open_zero(
     def end() -> None:
         engine.destroy()
         if alone:
-            distributed.destroy_process_group()
+            deepspeed.comm.destroy_process_group()
+        else:
+            # Another run of this process has other groups, and DeepSpeed remembers its own.
+            deepspeed.utils.groups._release_process_group_references(group=None)
 
     attachment, notes = attached(engine, config, plan, hardware)
     return Opened(engine, attachment, settings, notes, end), rule.moments
