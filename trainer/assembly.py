@@ -222,7 +222,7 @@ def describe_start(
     what has changed since the start before.
     """
     notes = keep_plugins(folder.path, config.model.plugins)
-    environment = describe_environment(plan.world_size)
+    environment = describe_environment(plan)
     if folder.resumes:
         notes.append(contract_note(read_environment(folder.path), environment))
     describe(folder.path, config, plan, corpus, environment)

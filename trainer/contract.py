@@ -1,11 +1,12 @@
 """How exactly a resumed run repeats what an undisturbed one would have computed.
 
     D0  same program, libraries, device, ranks and threads: every loss is the same to the last bit
-    D1  other ranks or threads: same rows in the same order, losses the same up to rounding
+    D1  other ranks, threads or engine: same rows in the same order, losses the same up to rounding
     D2  other program, library or device: same rows, and losses within a tolerance only
 
-Sums are taken in another order on more ranks or threads, and kernels of another version or device
-round otherwise; neither is wrong. What is compared is `environment.json` of the start before.
+Sums are taken in another order on more ranks or threads and by another engine, and kernels of
+another version or device round otherwise; neither is wrong. What is compared is `environment.json`
+of the start before.
 """
 
 import json
@@ -15,8 +16,11 @@ from typing import cast
 
 ENVIRONMENT_NAME = "environment.json"
 
-WITHIN_ROUNDING = ("world_size", "torch_threads")
+WITHIN_ROUNDING = ("world_size", "torch_threads", "engine")
 """What may change under D1; anything else of `COMPARED` lowers to D2."""
+
+ONCE = {"engine": "fsdp2"}
+"""What every start had that does not say it: there was nothing else to have."""
 
 COMPARED = (
     *WITHIN_ROUNDING,
@@ -59,7 +63,7 @@ def changes(before: Mapping[str, object], now: Mapping[str, object]) -> Iterator
     out.
     """
     for key in COMPARED:
-        was, found = look_up(before, key), look_up(now, key)
+        was, found = (look_up(each, key) or ONCE.get(key) for each in (before, now))
         if was is not None and was != found:
             yield key, f"{key.rpartition('.')[2]} is now {found}, was {was}"
 

@@ -222,6 +222,7 @@ def test_h2_the_same_machine_resumes_bit_for_bit_and_says_so(
         ("processor", "Zilog Z80", "D2: processor is now"),
         ("torch_threads", 77, "D1: torch_threads is now"),
         ("world_size", 4, "D1: world_size is now 1, was 4"),
+        ("engine", "DeepSpeed 0.19.8, ZeRO stage 3, our update", "D1: engine is now fsdp2, was De"),
     ],
 )
 def test_h2_what_changed_since_the_last_start_lowers_the_contract(
@@ -243,6 +244,7 @@ def test_h2_an_environment_that_cannot_be_read_is_told() -> None:
     now = {"world_size": 2}
     assert contract_note(None, now).startswith("determinism unknown")
     assert contract_note({}, now).startswith("determinism D0")
+    assert "engine is now DeepSpeed, was fsdp2" in contract_note({}, {"engine": "DeepSpeed"})
     both = contract_note({"world_size": 1, "cuda": "12.8"}, {**now, "cuda": "13.0"})
     assert "lowered to D2: world_size is now 2, was 1, cuda is now 13.0, was 12.8" in both
 

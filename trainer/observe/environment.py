@@ -10,13 +10,14 @@ import torch
 
 import interlace
 from interlace.offload.hardware import host_memory_bytes
+from interlace.trainer.plan import Plan
 from interlace.trainer.source_digest import source_digest
 
 LIBRARIES = ("torch", "triton", "numba", "numpy", "safetensors", "datasets", "tokenizers")
 
 
-def describe_environment(world_size: int) -> dict[str, object]:
-    """Return what `environment.json` holds."""
+def describe_environment(plan: Plan) -> dict[str, object]:
+    """Return what `environment.json` holds of a run with this plan."""
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "interlace": interlace.__version__,
@@ -31,8 +32,17 @@ def describe_environment(world_size: int) -> dict[str, object]:
         "torch_threads": torch.get_num_threads(),
         "host_memory_bytes": host_memory_bytes(),
         "gpus": gpus,
-        "world_size": world_size,
+        "world_size": plan.world_size,
+        "engine": engine_in_full(plan),
     }
+
+
+def engine_in_full(plan: Plan) -> str:
+    """Return the name of a run's engine, with all that changes how it rounds."""
+    if plan.zero_stage is None:
+        return plan.engine
+    updates = "torch's update" if plan.offload.strategy == "none" else "our update"
+    return f"DeepSpeed {version_of('deepspeed')}, ZeRO stage {plan.zero_stage}, {updates}"
 
 
 def version_of(name: str) -> str | None:
