@@ -9,6 +9,8 @@ out; the plan warns of them.
 
 import os
 
+import torch
+
 from interlace.offload.memory import available_host_bytes
 from interlace.trainer.capacity import GIB
 from interlace.trainer.checkpoint.ledger import COPIED_SHARE
@@ -55,8 +57,13 @@ def host_needs(config: RunConfig, plan: Plan) -> dict[str, int]:
     if checkpoint.asynchronous:
         asked = checkpoint.copy_budget_gib
         copies = int(COPIED_SHARE * saved if asked is None else min(asked * GIB, saved))
+    weights = device.weights if shared else 0
+    whole = plan.parameters * getattr(torch, plan.compute_dtype).itemsize
     return {
-        "weights": device.weights if shared else 0,
+        "weights": weights,
+        "the whole model until ZeRO has cut it": max(0, whole - weights)
+        if uses_zero(config)
+        else 0,
         "optimizer state": state,
         "copies for checkpoints": copies,
         "the largest tensor while a checkpoint is read": 4

@@ -239,6 +239,26 @@ def test_c4_ranks_of_one_host_share_its_memory(
         require_host_memory(config, plan)
 
 
+def test_c4_until_zero_has_cut_a_model_every_rank_holds_all_of_it(
+    tiny: Sequence[str], tmp_path: Path
+) -> None:
+    config = config_of(tiny, tmp_path / "run")
+    with open_run(config, World()) as run:
+        memory = run.plan.memory
+    # Of four ranks, on devices of their own.
+    device = memory.device.model_copy(update={"weights": memory.device.weights // 4})
+    plan = run.plan.model_copy(
+        update={"device_type": "cuda", "memory": memory.model_copy(update={"device": device})}
+    )
+    whole = "the whole model until ZeRO has cut it"
+    assert host_needs(config, plan)[whole] == 0
+    parallel = config.parallel.model_copy(update={"engine": "deepspeed"})
+    config = config.model_copy(update={"parallel": parallel})
+    assert host_needs(config, plan)[whole] == 4 * plan.parameters
+    on_cpu = plan.model_copy(update={"device_type": "cpu"})
+    assert host_needs(config, on_cpu)[whole] == 4 * plan.parameters - device.weights
+
+
 def group(folder: Path, **files: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
