@@ -58,7 +58,7 @@ class ZeroEngine:
         self.world = world
         self.updates = 0
         self.zero: Any = self.engine.optimizer
-        self.stage = stage_of(self.zero, world.rank)
+        self.stage = stage_of(self.engine, world.rank)
         self.report: UpdateReport | None = None
         self.tell: OnReport | None = None
         self._end = opened.end

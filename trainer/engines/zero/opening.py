@@ -19,6 +19,7 @@ from interlace.offload.schedule import MemoryBudget
 from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.engines.zero.accepted import require_accepted
 from interlace.trainer.engines.zero.settings import engine_settings
+from interlace.trainer.engines.zero.stages import require
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.models.model import Model
 from interlace.trainer.mup.manifest import Manifest
@@ -69,6 +70,7 @@ def open_zero(
     client = client_of(config, parameter_groups(model, rule.hyperparameters(), manifest))
     deepspeed = loaded(world)
     require_accepted(settings, config.parallel.deepspeed_config)
+    require(deepspeed.utils.groups, ["_release_process_group_references"])
     alone = join_alone(world)
     deepspeed.init_distributed(verbose=False)
     if config.parallel.zero_stage == 3:

@@ -4,14 +4,14 @@ how weights follow from masters.
 ZeRO flattens tensors and cuts them anywhere. In stages 1 and 2 each parameter group is one flat
 vector, of which every rank has an equal part; in stage 3 each parameter is cut for itself, and the
 parts of many lie behind each other in a subgroup. Every name read or bound anew here is private to
-DeepSpeed; `NAMES` lists them, and they are looked for before anything is trained. Source:
+DeepSpeed; they are listed, and looked for before anything is trained. Source:
 `deepspeed/runtime/zero/{stage3,stage_1_and_2}.py` of 0.19.
 """
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -20,7 +20,17 @@ from interlace.trainer.errors import ConfigError
 STAGE_3, STAGES_1_AND_2 = "DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer"
 """Classes of `engine.optimizer`."""
 
-NAMES = {
+OF_THE_ENGINE = (
+    "module",
+    "optimizer",
+    "backward",
+    "step",
+    "destroy",
+    "set_gradient_accumulation_boundary",
+    "_backward_prologue",
+)
+
+OF_ITS_OPTIMIZER = {
     STAGE_3: (
         "optimizer",
         "offload_optimizer",
@@ -102,23 +112,33 @@ class Stage(Protocol):
         ...
 
 
-def stage_of(zero: Any, rank: int) -> "Stage3 | Stages1And2":
-    """Return the books of the optimizer of an engine.
+def stage_of(engine: Any, rank: int) -> "Stage3 | Stages1And2":
+    """Return the books of the optimizer of DeepSpeed's engine.
 
     Raises:
         ConfigError: This DeepSpeed keeps other books.
     """
+    zero = engine.optimizer
     kind = type(zero).__name__
-    missing = [name for name in NAMES.get(kind, ()) if not hasattr(zero, name)]
-    if kind not in NAMES or missing:
-        lacks = f"its {kind} has no {', '.join(missing)}" if missing else f"it steps a {kind}"
-        raise ConfigError(
-            [
-                f"parallel.engine=deepspeed: {lacks}, which this release does not know; type "
-                "parallel.engine=fsdp2, or install deepspeed 0.19.8"
-            ]
-        )
+    if kind not in OF_ITS_OPTIMIZER:
+        refuse(f"DeepSpeed steps a {kind}, whose state is not known here")
+    require(engine, OF_THE_ENGINE)
+    require(zero, OF_ITS_OPTIMIZER[kind])
     return Stage3(zero, rank) if kind == STAGE_3 else Stages1And2(zero)
+
+
+def require(owner: Any, names: Sequence[str]) -> None:
+    """Raise `ConfigError` unless something of DeepSpeed has all these names."""
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        kind = getattr(owner, "__name__", type(owner).__name__)
+        refuse(f"{kind} of this DeepSpeed has no {', '.join(missing)}")
+
+
+def refuse(reason: str) -> NoReturn:
+    """Raise `ConfigError`."""
+    remedy = "type parallel.engine=fsdp2, or  pip install deepspeed==0.19.8"
+    raise ConfigError([f"parallel.engine=deepspeed: {reason}; {remedy}"])
 
 
 class Stage3:
