@@ -88,8 +88,11 @@ class Homes:
         self.synchronize()
         pairs = list(zip(self.roster.subgroups, homes, strict=True))
         # What leaves the device goes first, and slots take their size before residents come.
-        self.move((subgroup, home) for subgroup, home in pairs if home is not Home.RESIDENT)
-        self.executor.make_slots(self.roster.subgroups)
+        try:
+            self.move((subgroup, home) for subgroup, home in pairs if home is not Home.RESIDENT)
+        finally:
+            # Where memory is refused half way, what has moved by then goes on from its new home.
+            self.executor.make_slots(self.roster.subgroups)
         self.move((subgroup, home) for subgroup, home in pairs if home is Home.RESIDENT)
 
     def move(self, pairs: Iterable[tuple[SubgroupState, Home]]) -> None:

@@ -102,13 +102,7 @@ class Attachment:
             self._executor = Executor(self._lanes, options.staging_slots)
             for dtype in {each.weight.dtype for each in lent}:
                 warm_up(rule, torch.float32 if dtype is torch.float16 else dtype, torch.float32)
-            homes = choose(self.placement, self.flats, self._held())
-            try:
-                self._place(homes)
-            except BaseException:
-                # Some tensors may be elsewhere by now, and stay there.
-                self.stage.relink()
-                raise
+            self._place(choose(self.placement, self.flats, self._held()))
         except BaseException:
             self._lanes.close()
             raise
@@ -176,14 +170,19 @@ class Attachment:
     def _place(self, homes: Sequence[Sequence[Home]]) -> None:
         """Take all partitions home, those that leave the device first."""
         pairs = list(zip(self.flats, homes, strict=True))
-        for flat, of_one in pairs:
-            if of_one[0] is not Home.RESIDENT:
-                self._place_one(flat, of_one)
-        self._executor.make_slots(self.subgroups)
-        for flat, of_one in pairs:
-            if of_one[0] is Home.RESIDENT:
-                self._place_one(flat, of_one)
-        self.stage.relink()
+        # Where memory is refused half way, what has moved by then goes on from its new home.
+        try:
+            try:
+                for flat, of_one in pairs:
+                    if of_one[0] is not Home.RESIDENT:
+                        self._place_one(flat, of_one)
+            finally:
+                self._executor.make_slots(self.subgroups)
+            for flat, of_one in pairs:
+                if of_one[0] is Home.RESIDENT:
+                    self._place_one(flat, of_one)
+        finally:
+            self.stage.relink()
 
     def _place_one(self, flat: Flat, homes: Sequence[Home]) -> None:
         """Take one partition home; its state is complete afterwards, also for DeepSpeed."""

@@ -96,9 +96,14 @@ class Flat(Watched):
         """
         resident = homes[0] is Home.RESIDENT
         assert all((home is Home.RESIDENT) == resident for home in homes), "resident as a whole"
+        before = self.resident, self.slabs
         if resident is not self.resident or not self.slabs:
             self.resident, self.slabs = resident, {}
-        self.adopt(state)
+        try:
+            self.adopt(state)
+        except BaseException:
+            self.resident, self.slabs = before
+            raise
         for piece, home in zip(self.pieces, homes, strict=True):
             piece.home = home
             piece.make_upload()
@@ -111,11 +116,10 @@ class Flat(Watched):
             **{name: entry.get(name) for name in self.layout.rule.moments},
             GRADIENT: self.lent.tensor.grad,
         }
-        ours = {
-            name: self.filled(name, tensor)
-            for name, tensor in shown.items()
-            if not self.has(name, tensor)
-        }
+        strange = {name: tensor for name, tensor in shown.items() if not self.has(name, tensor)}
+        if any(name in self.slabs and name != GRADIENT for name in strange):
+            self.about_to_change()
+        ours = {name: self.filled(name, tensor) for name, tensor in strange.items()}
         # Where memory was refused nothing has changed.
         for name, slab in ours.items():
             self.show(name, slab, state)

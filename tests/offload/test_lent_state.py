@@ -198,6 +198,69 @@ def test_memory_that_is_refused_leaves_a_program_as_it_was(
     assert all(torch.equal(a, b) for a, b in zip(plain.flats, lender.flats, strict=True))
 
 
+@pytest.mark.parametrize("slabs", range(0, 16, 4))
+def test_memory_that_is_refused_while_moving_leaves_all_to_go_on_with(
+    monkeypatch: pytest.MonkeyPatch, slabs: int
+) -> None:
+    undisturbed, lender = (Lender(), Lender())
+    expected, attachment = attachment_of(undisturbed), attachment_of(lender)
+    for each in (expected, attachment):
+        each.rehome([Home.RESIDENT] * len(SIZES))
+    given, empty, linked = iter(range(slabs)), HostSlabs.empty, lender.linked
+
+    def short(host: HostSlabs, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        if dtype is torch.float32 and next(given, None) is None:
+            raise MemoryShortage("the system refuses to pin")
+        return empty(host, elements, dtype)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HostSlabs, "empty", short)
+        refused = [Home.STAGED] * len(SIZES)
+        if slabs < 4 * len(SIZES):
+            with pytest.raises(MemoryShortage, match="refuses to pin"):
+                attachment.rehome(refused)
+        else:
+            attachment.rehome(refused)
+    moved = slabs // 4
+    assert attachment.homes == (Home.STAGED,) * moved + (Home.RESIDENT,) * (len(SIZES) - moved)
+    assert [flat.resident for flat in attachment.flats] == [
+        home is Home.RESIDENT for home in attachment.homes
+    ]
+    # What links to the slabs has followed those that moved.
+    assert lender.linked == linked + 1
+    for each in (expected, attachment):
+        update(each)
+        each.close()
+    for ours, theirs in zip(lender.flats, undisturbed.flats, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_who_reads_state_beside_training_is_told_before_any_of_it_changes() -> None:
+    lender = Lender()
+    attachment = attachment_of(lender)
+    update(attachment)
+    seen: list[torch.Tensor] = []
+    for flat in attachment.flats:
+        flat.before_change = lambda flat: seen.append(flat.slabs["exp_avg"].clone())
+    before = [flat.slabs["exp_avg"].clone() for flat in attachment.flats]
+    versions = [flat.version for flat in attachment.flats]
+    update(attachment)
+    assert all(torch.equal(a, b) for a, b in zip(seen, before, strict=True))
+    assert [flat.version for flat in attachment.flats] == [n + 1 for n in versions]
+    # Moments that somebody puts in the place of ours are copied into the slab.
+    seen.clear()
+    mine = attachment.flats[1].slabs["exp_avg"].clone()
+    lender.zero.optimizer.state[lender.flats[1]]["exp_avg"] = torch.ones(SIZES[1])
+    attachment.begin()
+    assert len(seen) == 1 and torch.equal(seen[0], mine)
+    assert attachment.flats[1].slabs["exp_avg"].eq(1).all()
+    # A gradient is no part of what is saved.
+    lender.flats[0].grad = torch.zeros(SIZES[0])
+    attachment.begin()
+    assert len(seen) == 1
+    attachment.close()
+
+
 def test_schedulers_are_not_told_that_their_optimizer_never_stepped() -> None:
     lender = Lender()
     attachment = attachment_of(lender)

@@ -14,6 +14,7 @@ import interlace.offload.executor as executor_module
 from interlace.kernels.update import SGD, AdamW
 from interlace.offload.hardware import HardwareProfile
 from interlace.offload.lanes import LaneError, Throttle
+from interlace.offload.memory import HostSlabs
 from interlace.offload.optimizer import NonFiniteGradient, OffloadedOptimizer
 from interlace.offload.options import OffloadOptions
 from interlace.offload.schedule import Home, MemoryBudget, MemoryShortage
@@ -398,6 +399,32 @@ def test_moving_between_homes_on_the_way_changes_no_bit(profile: HardwareProfile
             assert torch.equal(p.detach(), straight[name]), (dtype, split, name)
             assert torch.equal(optimizer.master(p), straight[f"{name}.master"])
             assert torch.equal(optimizer.state[p]["exp_avg"], straight[f"{name}.exp_avg"])
+        optimizer.close()
+
+
+def test_memory_that_is_refused_while_moving_leaves_all_to_go_on_with(
+    profile: HardwareProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(homes=(Home.RESIDENT,), subgroup_elements=200)
+    straight, moved = open_case(case, profile), open_case(case, profile)
+    given, empty = iter(range(3)), HostSlabs.empty
+
+    def short(host: HostSlabs, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        if next(given, None) is None:
+            raise MemoryShortage("the system refuses to pin")
+        return empty(host, elements, dtype)
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryShortage, match="refuses to pin"):
+        patched.setattr(HostSlabs, "empty", short)
+        moved[1].rehome([Home.STAGED] * len(moved[1].subgroups))
+    assert moved[1].homes[:2] == (Home.STAGED, Home.RESIDENT)
+    for model, optimizer in (straight, moved):
+        model(0.5).backward()
+        optimizer.step()
+        optimizer.synchronize()
+    for one, other in zip(straight[0].parameters(), moved[0].parameters(), strict=True):
+        assert torch.equal(one, other)
+    for _, optimizer in (straight, moved):
         optimizer.close()
 
 
