@@ -70,7 +70,7 @@ def open_zero(
     client = client_of(config, parameter_groups(model, rule.hyperparameters(), manifest))
     deepspeed = loaded(world)
     require_accepted(settings, config.parallel.deepspeed_config)
-    require(deepspeed.utils.groups, ["_release_process_group_references"])
+    require(deepspeed.utils.groups, ["_WORLD_GROUP"])
     alone = join_alone(world)
     deepspeed.init_distributed(verbose=False)
     if config.parallel.zero_stage == 3:
@@ -82,11 +82,10 @@ def open_zero(
 
     def end() -> None:
         engine.destroy()
+        # Another run of this process has other groups, and DeepSpeed remembers its own.
+        deepspeed.utils.groups._WORLD_GROUP = None
         if alone:
-            deepspeed.comm.destroy_process_group()
-        else:
-            # Another run of this process has other groups, and DeepSpeed remembers its own.
-            deepspeed.utils.groups._release_process_group_references(group=None)
+            distributed.destroy_process_group()
 
     attachment, notes = attached(engine, config, plan, hardware)
     return Opened(engine, attachment, settings, notes, end), rule.moments
