@@ -132,11 +132,13 @@ def test_layers_are_compiled_as_asked_or_on_a_gpu(
 
 
 @pytest.mark.parametrize(("stage", "answer"), [(1, True), (2, True), (3, False)])
-def test_layers_that_gather_their_weights_in_hooks_are_not_compiled(
+def test_layers_under_zero_3_are_compiled_only_as_asked(
     stage: Literal[1, 2, 3], answer: bool
 ) -> None:
     parallel = ParallelSection(engine="deepspeed", zero_stage=stage)
     assert compiles(RunConfig(parallel=parallel), "cuda") is answer
+    asked = RunConfig(parallel=parallel, train=TrainSection(compile=True))
+    assert compiles(asked, "cuda")
 
 
 SHARDED = """

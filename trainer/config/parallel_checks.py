@@ -22,11 +22,6 @@ def uses_zero(config: RunConfig) -> bool:
     return config.parallel.engine == "deepspeed"
 
 
-def shards_weights_in_hooks(config: RunConfig) -> bool:
-    """Whether ZeRO-3 gathers the weights of every module in hooks of its own."""
-    return uses_zero(config) and config.parallel.zero_stage == 3
-
-
 def zero_stage_has_its_engine(config: RunConfig) -> str | None:
     """A stage means something to ZeRO."""
     stage = config.parallel.zero_stage
@@ -141,15 +136,4 @@ def zero_has_the_diagnostics(config: RunConfig) -> str | None:
     return (
         f"observe.diagnostics={', '.join(found)}: needs the optimizer of this project, and "
         f"parallel.engine=deepspeed has its own; type observe.diagnostics={kept} {OTHERWISE}"
-    )
-
-
-def zero_3_compiles_nothing(config: RunConfig) -> str | None:
-    """ZeRO-3 gathers weights in hooks of every module."""
-    if not shards_weights_in_hooks(config) or not config.train.compile:
-        return None
-    return (
-        "train.compile=true: parallel.zero_stage=3 gathers the weights of every module in hooks, "
-        "which would be inside what is compiled; type train.compile=none, parallel.zero_stage=2 "
-        f"{OTHERWISE}"
     )

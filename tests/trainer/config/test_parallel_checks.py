@@ -34,9 +34,6 @@ REFUSED = {
     "observe.diagnostics=['gradient_norms','critical_sharpness']": "observe.diagnostics="
     "critical_sharpness: needs the optimizer of this project, and parallel.engine=deepspeed has "
     "its own; type observe.diagnostics=['gradient_norms'] or parallel.engine=fsdp2",
-    "train.compile=true": "train.compile=true: parallel.zero_stage=3 gathers the weights of every "
-    "module in hooks, which would be inside what is compiled; type train.compile=none, "
-    "parallel.zero_stage=2 or parallel.engine=fsdp2",
     "parallel.zero_stage=4": "parallel.zero_stage=4: must be one of 1, 2 or 3 (With `engine = "
     '"deepspeed"`: what is divided among the ranks: optimizer state (1), gradients too (2), '
     "weights too (3)); type parallel.zero_stage=1",
@@ -44,7 +41,7 @@ REFUSED = {
 
 ALLOWED = (
     "parallel.zero_stage=1",
-    "parallel.zero_stage=2 train.compile=true",
+    "train.compile=true",
     "optimizer.rule=sgd optimizer.nesterov=true",
     "offload.strategy=optimal offload.overlap=none",
     "guard.spike_sigmas=6",
