@@ -457,11 +457,13 @@ def test_device_memory_is_given_back_when_it_is_short(
 def test_homes_follow_what_is_measured(
     profile: HardwareProfile, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The profile promises links a hundred thousand times as fast as these."""
+    """The profile promises links a million times as fast as these: they are so slow that it counts
+    little how busy the machine is.
+    """
     model, twin = (Toy(torch.float32, ((50,),) * 16) for _ in range(2))
     assert profile.rates is not None
     eager = profile.rates.model_copy(update={"piece_overhead_seconds": 0.0})
-    slow = Throttle(h2d_bytes_per_second=5e5, d2h_bytes_per_second=5e5)
+    slow = Throttle(h2d_bytes_per_second=5e4, d2h_bytes_per_second=5e4)
     optimizer = OffloadedOptimizer(
         model.parameters(),
         AdamW(lr=0.01, weight_decay=0.1),
