@@ -1,5 +1,6 @@
 """ZeRO-3 gathers whole layers, and what is compiled runs inside."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 
 @pytest.mark.long
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles: apt install g++")
 def test_compiled_layers_train_under_zero_3_as_others_do(
     interlace: Callable[..., object],
     tiny: Sequence[str],

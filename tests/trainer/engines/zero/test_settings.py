@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,8 @@ import deepspeed, torch
 from deepspeed.utils import safe_get_full_grad
 logging.disable(logging.WARNING)
 
+# Collectives for inference, which would be compiled first.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.init_distributed("gloo")
 rank, found = torch.distributed.get_rank(), []
 for settings in SETTINGS:
@@ -403,7 +406,11 @@ def test_deepspeed_takes_the_json_and_has_the_settings_that_are_known() -> None:
     usual = [8, 1, 1.0, False, "torch.float32", "fp32"]
     assert taken[:3] == [[*usual, stage, 100_000_000, "cpu"] for stage in (1, 2, 3)]
     assert taken[3] == [8, 2, 1.0, True, "torch.float32", "fp32", 3, 100_000_000, "none"]
-    assert {path: sorted(KNOWN[path]) for path in names} == names
+    for path, there in names.items():
+        assert set(there) <= KNOWN[path]
+        # What later versions have brought is not missed in earlier ones.
+        newest = metadata.version("deepspeed").startswith("0.19.8")
+        assert not newest or set(there) == KNOWN[path]
 
 
 REFUSED_BY_DEEPSPEED = """
