@@ -170,7 +170,12 @@ class Stages1And2:
         own_reset, own_step = zero.reset_cpu_buffers, zero.step
 
         def scaled_global_norm(*arguments: Any, **named: Any) -> Any:
+            # Early 0.19 scales before it asks for the norm, for which it needs the groups.
+            hidden = self.hidden is not None
+            self.show()
             self.norm = own_norm(*arguments, **named)
+            if hidden:
+                self.hide()
             return self.norm
 
         def update_scale(has_overflow: bool = False) -> None:
