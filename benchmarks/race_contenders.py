@@ -1,7 +1,7 @@
-"""Who runs in `benchmarks/versus_deepspeed.py`: every way to update a model whose state does not fit.
+"""Who runs in `benchmarks/versus_deepspeed.py`: the ways to train what does not fit a device.
 
 A contender is a name, an engine and what that is told; how each is built is in `race_engines`, and
-nothing is loaded here. They stand in the order in which they are worth measuring when time is short.
+nothing is loaded here. Where time is short, the first of them are worth most.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Engine = Literal["deepspeed", "attached", "fsdp2", "interlace"]
 CLIP_NORM = 1.0
 """Largest global norm of the gradients, for everyone who clips by it."""
 
-WEIGHT_DECAY, BETAS = 0.1, (0.9, 0.95)
+WEIGHT_DECAY, BETAS, EPSILON = 0.1, (0.9, 0.95), 1e-6
 
 STRIDE = 2
 """Every second subgroup on the device: what the published system found best."""
@@ -198,7 +198,12 @@ def deepspeed_settings(
         # DeepSpeed picks its own Adam on the CPU for this, ZenFlow one of its own.
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": lr, "betas": list(BETAS), "weight_decay": WEIGHT_DECAY},
+            "params": {
+                "lr": lr,
+                "betas": list(BETAS),
+                "eps": EPSILON,
+                "weight_decay": WEIGHT_DECAY,
+            },
         },
         "zero_optimization": {
             "stage": 3,

@@ -1,7 +1,7 @@
 """How each contender of the race trains: one small class per engine, all with the same few methods.
 
 An iteration is `loss`, `backward`, `update`, or `loss` and `backward_only`; what an engine does
-beside the next iteration it goes on doing until `finish`. DeepSpeed is loaded by its own class only.
+beside the next iteration it goes on doing until `finish`. DeepSpeed is loaded by its own class.
 """
 
 import importlib
@@ -15,6 +15,7 @@ import torch.distributed as distributed
 from race_contenders import (
     BETAS,
     CLIP_NORM,
+    EPSILON,
     STRIDE,
     WEIGHT_DECAY,
     Contender,
@@ -64,7 +65,10 @@ class Forecast:
 class Racer(Protocol):
     """One contender with its model, on one rank."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+        ...
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of (rows, length + 1) tokens, a scalar."""
@@ -144,7 +148,7 @@ def share_of(model: nn.Module, world: World) -> int:
 
 
 class Torch:
-    """FSDP2 with fp32 parameters, bf16 compute and torch's fused AdamW, on the device or the host."""
+    """FSDP2 with fp32 parameters and torch's fused AdamW, all on the device or all on the host."""
 
     def __init__(self, contender: Contender, track: Track, place: Place) -> None:
         self.place = place
@@ -168,6 +172,7 @@ class Torch:
             self.model.parameters(),
             lr=track.lr,
             betas=BETAS,
+            eps=EPSILON,
             weight_decay=WEIGHT_DECAY,
             fused=True,
         )
@@ -215,7 +220,7 @@ class Ours:
         parameters = share_of(self.model, place.world)
         shard(self.model, list(self.model.layers), place.world, 1, track.dtype)
         self.beside_backward = contender.rule == "clipped_sgd"
-        rule: UpdateRule = AdamW(track.lr, BETAS, weight_decay=WEIGHT_DECAY)
+        rule: UpdateRule = AdamW(track.lr, BETAS, EPSILON, WEIGHT_DECAY)
         if self.beside_backward:
             rule = clipped_sgd(track.sgd_lr)
         self.budget = place.budget(parameters)
@@ -313,7 +318,7 @@ class DeepSpeed:
             del settings["optimizer"]
             settings["zero_force_ds_cpu_optimizer"] = False
             client = torch.optim.AdamW(
-                model.parameters(), lr=track.lr, betas=BETAS, weight_decay=WEIGHT_DECAY
+                model.parameters(), lr=track.lr, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY
             )
         # The embedding and the head are read by the model itself, not by a module of their own.
         for shared in (model.embedding.weight, model.head_weight()):

@@ -1,7 +1,8 @@
 """Starts the ranks of one contender as processes of their own, and ends them whatever they do.
 
-All ranks of a contender are one process group: a crash, a hang or Ctrl-C takes none of them along
-into the next measurement, and what they started goes with them.
+Every rank leads a session: what it starts stays in it, also compilers, which `ninja` puts into
+process groups of their own. After a crash, a hang or Ctrl-C all of that goes, and none of it is
+taken along into the next measurement.
 """
 
 import contextlib
@@ -17,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+
 POLL_SECONDS = 0.05
+OLD_SECONDS = 20.0
+"""After which a lock is of a process that is gone, unless somebody compiles beside it."""
 
 
 @dataclass
@@ -49,8 +53,7 @@ def run_ranks(words: Sequence[str], folder: Path, ranks: int, timeout: float) ->
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(ranks):
-            group = processes[0].pid if processes else 0
-            processes.append(started(words, folder, rank, ranks, group))
+            processes.append(started(words, folder, rank, ranks))
         error = watched(processes, folder, start + timeout)
     finally:
         killed(processes)
@@ -65,10 +68,8 @@ def run_ranks(words: Sequence[str], folder: Path, ranks: int, timeout: float) ->
 TIMED_OUT = "killed"
 
 
-def started(
-    words: Sequence[str], folder: Path, rank: int, ranks: int, group: int
-) -> subprocess.Popen[bytes]:
-    """Start one rank in a process group, 0 for a new one."""
+def started(words: Sequence[str], folder: Path, rank: int, ranks: int) -> subprocess.Popen[bytes]:
+    """Start one rank in a session of its own."""
     log = (folder / f"rank-{rank}.log").open("wb")
     with log:
         return subprocess.Popen(
@@ -77,7 +78,7 @@ def started(
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment(rank, ranks),
-            process_group=group,
+            start_new_session=True,
         )
 
 
@@ -96,7 +97,6 @@ def environment(rank: int, ranks: int) -> dict[str, str]:
         "MASTER_PORT": 29500,
         "OMP_NUM_THREADS": threads,
         "PYTHONPATH": path,
-        "TOKENIZERS_PARALLELISM": "false",
         # What is freed in one size is to be there for another: models fill the device.
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
@@ -114,16 +114,62 @@ def watched(processes: Sequence[subprocess.Popen[bytes]], folder: Path, deadline
             return ""
         if time.monotonic() > deadline:
             return TIMED_OUT
+        free_old_locks()
         time.sleep(POLL_SECONDS)
 
 
+def free_old_locks() -> None:
+    """Delete the locks of what DeepSpeed compiles that were left by processes which were killed:
+    everybody would wait for them for ever.
+    """
+    usual = Path.home() / ".cache" / "torch_extensions"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", usual))
+    for lock in folder.glob("**/lock"):
+        with contextlib.suppress(OSError):
+            if time.time() - lock.stat().st_mtime > OLD_SECONDS and not works_in(lock.parent):
+                lock.unlink()
+
+
+def works_in(folder: Path) -> bool:
+    """Whether some process has this working folder, as compilers have."""
+    for path in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            if path.readlink() == folder:
+                return True
+    return False
+
+
 def killed(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Kill a process group and wait for its first members; what they started is in it too."""
-    if processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(processes[0].pid, signal.SIGKILL)
+    """Kill all processes of the sessions that these lead, and wait for the leaders."""
+    sessions = {process.pid for process in processes}
+    # A session keeps its number for as long as it has members; no other can have it meanwhile.
+    while members := [pid for pid in running() if session_of(pid) in sessions]:
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
     for process in processes:
         process.wait()
+
+
+def running() -> list[int]:
+    """Return the processes of this machine that have not ended."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # The state follows the name, which may contain anything, in parentheses.
+            facts = path.read_text(encoding="ascii", errors="replace").rpartition(")")[2]
+            if facts.split()[0] != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def session_of(pid: int) -> int:
+    """Return a process's session; 0 where the process is gone."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
 
 
 def reason(folder: Path, rank: int, code: int) -> str:

@@ -9,6 +9,7 @@ one, so that exactly as many updates lie between as iterations, wherever they ru
 iterations in which forward, backward and update are waited for one by one.
 """
 
+import importlib
 import json
 import os
 import statistics
@@ -17,7 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import psutil
@@ -69,16 +70,17 @@ class Finding:
 
     Attributes:
         parameters: Of the whole model.
-        first_loss: Of tokens that nobody trains on, mean of all ranks, before training.
-        final_loss: After the steps of the track.
+        final_loss: Of the small model after the steps of its track, in float32, on tokens that
+            nobody trains on; mean of all ranks. None where only time was measured.
+        rough_loss: The same in bfloat16, where that is what time is measured in.
         timings: By rows of a micro-batch, as text.
         host_bytes: Most that this process and those it started had in memory.
         error: The last line of what went wrong; empty where nothing did.
     """
 
     parameters: int = 0
-    first_loss: float | None = None
     final_loss: float | None = None
+    rough_loss: float | None = None
     timings: dict[str, Timing] = field(default_factory=dict[str, Timing])
     host_bytes: int = 0
     error: str = ""
@@ -101,41 +103,37 @@ class Trial:
 
     def run(self) -> Finding:
         """Measure everything."""
-        track = self.track
-        if self.place.device.type == "cuda" and not self.quick and not track.steps:
-            small = Trial(self.contender, replace(SMALL, bf16=track.bf16), self.place, quick=False)
-            small.compare_losses()
-            self.found.first_loss = small.found.first_loss
-            self.found.final_loss = small.found.final_loss
+        track, learns = self.track, not self.quick
+        if learns and not track.steps:
+            self.found.final_loss = self.small_loss(SMALL)
+            self.found.rough_loss = self.small_loss(replace(SMALL, bf16=True))
         racer = racer_of(self.contender, track, self.place)
         self.found.parameters = sum(
             getattr(p, "ds_numel", p.numel()) for p in racer.model.parameters()
         )
-        if track.steps and not self.quick:
-            self.learn(racer)
+        if learns and track.steps:
+            self.found.final_loss = self.learn(racer)
         for rows in track.rows:
             self.found.timings[str(rows)] = self.timed(racer, rows)
         racer.close()
         self.found.host_bytes = host_bytes()
         return self.found
 
-    def compare_losses(self) -> None:
-        """Train the small model only."""
-        racer = racer_of(self.contender, self.track, self.place)
-        self.learn(racer)
-        racer.close()
+    def small_loss(self, track: Track) -> float:
+        """Return the loss in which the training of a small model ends."""
+        trial = Trial(self.contender, track, self.place, quick=True)
+        racer = racer_of(self.contender, track, self.place)
+        try:
+            return trial.learn(racer)
+        finally:
+            racer.close()
 
-    def learn(self, racer: Racer) -> None:
-        """Train for so many steps and look at the loss before and after."""
-        self.found.first_loss = self.judged(racer)
-        for _, tokens in zip(range(self.track.steps), self.batches(self.track.rows[0])):
+    def learn(self, racer: Racer) -> float:
+        """Train for the steps of the track; return the loss of tokens that nobody trains on."""
+        for tokens in islice(self.batches(self.track.rows[0]), self.track.steps):
             racer.backward(racer.loss(tokens))
             racer.update()
         racer.finish()
-        self.found.final_loss = self.judged(racer)
-
-    def judged(self, racer: Racer) -> float:
-        """Return the mean loss of tokens that nobody trains on."""
         world, track = self.place.world, self.track
         losses: list[torch.Tensor] = []
         with torch.no_grad():
@@ -232,17 +230,18 @@ def host_bytes() -> int:
 
 
 def look_at_the_machine(folder: Path, device: torch.device) -> Finding:
-    """Leave the machine's profile in the folder; let DeepSpeed compile its Adam before many ranks
-    want it at once.
+    """Leave the machine's profile in the folder; let DeepSpeed compile what it needs while nobody's
+    time is taken.
     """
     profile = known_profile(device, lambda text: print(text, flush=True))
     (folder / "profile.json").write_text(profile.model_dump_json(), encoding="utf-8")
     try:
-        from deepspeed.ops.op_builder import CPUAdamBuilder
-
-        CPUAdamBuilder().load()
+        importlib.import_module("deepspeed.ops.op_builder").CPUAdamBuilder().load()
+        # On a CPU it compiles collectives of its own, when ranks meet.
+        open_ranks(device, 0, 1, f"{folder}/rendezvous")
+        importlib.import_module("deepspeed").init_distributed("gloo", verbose=False)
     except Exception as error:
-        return Finding(error=f"DeepSpeed's Adam for the CPU cannot be built: {last_line(error)}")
+        return Finding(error=f"DeepSpeed cannot compile what it needs: {last_line(error)}")
     return Finding()
 
 
