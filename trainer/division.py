@@ -103,13 +103,28 @@ def buffers_of(
     """
     if not uses_zero(config):
         return Buffers()
-    bucket, part = bucket_elements(parameters), share(parameters, division.state)
-    if config.parallel.zero_stage == 3:
+    part, stage = share(parameters, division.state), config.parallel.zero_stage
+    # In backward gradients meet in a bucket; in stage 1 all of them wait for its end.
+    reducing = {
+        1: SUM_BYTES * (bucket_elements(parameters) + parameters),
+        2: element_bytes * bucket_elements(parameters),
+        3: SUM_BYTES * bucket_elements(parameters),
+    }[stage]
+    if not offloads:
+        return Buffers(max(reducing, updating_bytes(config, part)))
+    if stage == 3:
         # Passes are summed in a partition of its own before they go to the one with the state.
-        return Buffers(SUM_BYTES * bucket, SUM_BYTES * part if offloads else 0)
+        return Buffers(reducing, SUM_BYTES * part)
     # Passes are summed on the device, unless weights and sums have one dtype.
-    summed = SUM_BYTES * part if offloads and element_bytes < SUM_BYTES else 0
-    written = element_bytes * part if offloads else 0
-    if config.parallel.zero_stage == 2:
-        return Buffers(element_bytes * bucket + summed, written)
-    return Buffers(SUM_BYTES * (bucket + parameters) + summed, written)
+    summed = SUM_BYTES * part if element_bytes < SUM_BYTES else 0
+    return Buffers(reducing + summed, element_bytes * part)
+
+
+def updating_bytes(config: RunConfig, part: int) -> int:
+    """Return what an update by torch's own optimizer takes on the device beside state: gradients
+    once more, behind each other, and what the rule computes on the way, of everything that is
+    updated at a time: a parameter group in stages 1 and 2, a subgroup in stage 3.
+    """
+    whole_groups = config.parallel.zero_stage < 3
+    at_a_time = part if whole_groups else min(part, config.offload.subgroup_elements)
+    return 2 * SUM_BYTES * at_a_time

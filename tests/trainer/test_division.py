@@ -2,7 +2,7 @@
 
 import pytest
 
-from interlace.trainer.config.schema import ParallelSection, RunConfig
+from interlace.trainer.config.schema import OffloadSection, ParallelSection, RunConfig
 from interlace.trainer.division import (
     KEPT_ELEMENTS,
     MOST_BUCKET_ELEMENTS,
@@ -68,7 +68,13 @@ def test_zero_2_sums_its_part_on_the_device_where_weights_are_shorter_than_sums(
     bucket = MOST_BUCKET_ELEMENTS
     assert buffers(zero(2), 2, offloads=True) == Buffers(2 * bucket + BILLION, BILLION // 2)
     assert buffers(zero(2), 4, offloads=True) == Buffers(4 * bucket, BILLION)
-    assert buffers(zero(2), 2, offloads=False) == Buffers(2 * bucket, 0)
+
+
+def test_where_torch_updates_its_temporaries_may_be_more_than_the_buckets_of_backward() -> None:
+    assert buffers(zero(2), 2, offloads=False) == Buffers(8 * BILLION // 4)
+    subgroups = {"offload": OffloadSection(subgroup_elements=240_000_000)}
+    one_at_a_time = zero(3).model_copy(update=subgroups)
+    assert buffers(one_at_a_time, 2, offloads=False) == Buffers(8 * 240_000_000)
 
 
 def test_zero_1_has_the_whole_gradient_in_float32() -> None:
