@@ -25,6 +25,12 @@ REFUSALS = {
     ),
     "bf16.bf16_optimizer_states": Refusal((False,), "moments are kept in float32; take it out"),
     "gradient_allreduce_op": Refusal(("mean",), "a loss is the mean over all ranks; take it out"),
+    "prescale_gradients": Refusal(
+        (False,), "ZeRO divides by the number of ranks where it sums; take it out"
+    ),
+    "gradient_predivide_factor": Refusal(
+        (1,), "ZeRO divides by the number of ranks where it sums; take it out"
+    ),
     "managed_gradient_accumulation": Refusal(
         (True,), "DeepSpeed counts the passes of a step here; take it out"
     ),
