@@ -19,6 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 
+RANK_SCRIPT = HERE / "race_rank.py"
 POLL_SECONDS = 0.05
 OLD_SECONDS = 20.0
 """After which a lock is of a process that is gone, unless somebody compiles beside it."""
@@ -73,7 +74,7 @@ def started(words: Sequence[str], folder: Path, rank: int, ranks: int) -> subpro
     log = (folder / f"rank-{rank}.log").open("wb")
     with log:
         return subprocess.Popen(
-            [sys.executable, str(HERE / "race_rank.py"), *words],
+            [sys.executable, str(RANK_SCRIPT), *words],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -73,9 +73,8 @@ class Race:
         """Seconds that are left."""
         return self.began + self.seconds - time.monotonic()
 
-    def run(self) -> None:
-        """Prepare, then go round by round."""
-        self.prepare()
+    def round_by_round(self) -> None:
+        """Run everyone in turn, as often as there is time."""
         self.outcomes = [Outcome(each, track) for track in self.tracks for each in self.contenders]
         for number, track in enumerate(self.tracks):
             deadline = self.left - self.left / (len(self.tracks) - number)
@@ -201,7 +200,8 @@ def main() -> None:
             arguments.budget,
             Path(folder),
         )
-        race.run()
+        race.prepare()
+        race.round_by_round()
     report(race, keep=arguments.save)
     apart = names_apart(race.outcomes)
     if apart:
