@@ -33,6 +33,7 @@ from interlace.trainer.config.mup_checks import (
 )
 from interlace.trainer.config.parallel_checks import (
     deepspeed_config_has_its_engine,
+    zero_3_differentiates_once,
     zero_checks_no_idle_state,
     zero_clips_by_the_norm,
     zero_has_no_replicas,
@@ -370,4 +371,5 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     zero_recomputes_no_gradients,
     zero_checks_no_idle_state,
     zero_has_the_diagnostics,
+    zero_3_differentiates_once,
 )

@@ -137,3 +137,17 @@ def zero_has_the_diagnostics(config: RunConfig) -> str | None:
         f"observe.diagnostics={', '.join(found)}: needs the optimizer of this project, and "
         f"parallel.engine=deepspeed has its own; type observe.diagnostics={kept} {OTHERWISE}"
     )
+
+
+def zero_3_differentiates_once(config: RunConfig) -> str | None:
+    """The energy objective differentiates what it has differentiated, forwards too, and the hooks
+    in which ZeRO-3 gathers weights are part of what is differentiated.
+    """
+    in_hooks = uses_zero(config) and config.parallel.zero_stage == 3
+    if not in_hooks or config.train.objective != "energy":
+        return None
+    return (
+        "train.objective=energy: has a gradient in its loss, and parallel.zero_stage=3 gathers "
+        "weights in hooks that can be differentiated only once; type parallel.zero_stage=2 "
+        f"{OTHERWISE}"
+    )

@@ -34,6 +34,9 @@ REFUSED = {
     "observe.diagnostics=['gradient_norms','critical_sharpness']": "observe.diagnostics="
     "critical_sharpness: needs the optimizer of this project, and parallel.engine=deepspeed has "
     "its own; type observe.diagnostics=['gradient_norms'] or parallel.engine=fsdp2",
+    "train.objective=energy": "train.objective=energy: has a gradient in its loss, and "
+    "parallel.zero_stage=3 gathers weights in hooks that can be differentiated only once; type "
+    "parallel.zero_stage=2 or parallel.engine=fsdp2",
     "parallel.zero_stage=4": "parallel.zero_stage=4: must be one of 1, 2 or 3 (With `engine = "
     '"deepspeed"`: what is divided among the ranks: optimizer state (1), gradients too (2), '
     "weights too (3)); type parallel.zero_stage=1",
@@ -42,6 +45,7 @@ REFUSED = {
 ALLOWED = (
     "parallel.zero_stage=1",
     "train.compile=true",
+    "parallel.zero_stage=2 train.objective=energy",
     "optimizer.rule=sgd optimizer.nesterov=true",
     "offload.strategy=optimal offload.overlap=none",
     "guard.spike_sigmas=6",

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as distributed
+from torch import nn
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage] - documented
+from torch.nn import functional
 
 from interlace.offload.deepspeed import Attachment, attach
 from interlace.offload.hardware import HardwareProfile
@@ -73,6 +75,7 @@ def open_zero(
     require(deepspeed.utils.groups, ["_WORLD_GROUP"])
     alone = join_alone(world)
     deepspeed.init_distributed(verbose=False)
+    linear = functional.linear
     if config.parallel.zero_stage == 3:
         gather_by_layers(deepspeed, model)
         deepspeed.zero.Init(module=model, config_dict_or_path=settings)
@@ -84,6 +87,8 @@ def open_zero(
         engine.destroy()
         # Another run of this process has other groups, and DeepSpeed remembers its own.
         deepspeed.utils.groups._WORLD_GROUP = None
+        # ZeRO-3 puts a function of its own in its place, for the whole process.
+        functional.linear = linear
         if alone:
             distributed.destroy_process_group()
 
@@ -126,6 +131,17 @@ def gather_by_layers(deepspeed: Any, model: Model) -> None:
     """
     for unit in model.units:
         deepspeed.utils.set_z3_leaf_module(unit, True)
+        unit.register_forward_pre_hook(with_gradient)
+
+
+def with_gradient(unit: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Have the input of a layer differentiated: ZeRO-3 learns from its gradient, when it comes,
+    that those of the layer's weights are complete. Before frozen weights there would be none.
+    """
+    x, *others = given
+    if torch.is_grad_enabled() and not x.requires_grad:
+        x = x.detach().requires_grad_()
+    return (x, *others)
 
 
 def client_of(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
