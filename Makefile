@@ -37,6 +37,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/versus_bare_loop.py
 	$(BIN)/python benchmarks/cpu_update.py
 	$(BIN)/python benchmarks/offload.py
+	$(BIN)/python benchmarks/versus_deepspeed.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/ssd.py
 	$(BIN)/python benchmarks/step_ops.py
@@ -59,9 +60,11 @@ gpu: $(GPU_INSTALLED)
 	$(WITHIN) 60 $(GPU_PYTHON) benchmarks/step_ops.py --save || failed=1; \
 	exit $$failed
 
-# Training on a GPU: offloading, and the whole loop beside a bare one.
+# Training on a GPU: offloading, the race against DeepSpeed (nine minutes), and the whole loop beside
+# a bare one.
 gpu-training: $(GPU_INSTALLED)
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/offload.py --save
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/versus_deepspeed.py --save
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/cpu_update.py --save
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/versus_bare_loop.py
 

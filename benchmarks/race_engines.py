@@ -166,7 +166,7 @@ class Torch:
                 mp_policy=precision,
                 offload_policy=policy,
                 # Who has room for everything also keeps what it has gathered.
-                reshard_after_forward=contender.offloads or unit is not self.model,
+                reshard_after_forward=contender.offloads,
             )
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -298,7 +298,9 @@ class DeepSpeed:
 
     def __init__(self, contender: Contender, track: Track, place: Place) -> None:
         deepspeed = importlib.import_module("deepspeed")
-        self.place, self.contender = place, contender
+        self.place = place
+        if contender.engine == "deepspeed":
+            compile_adam()
         model = track.model(place.device)
         parameters = share_of(model, place.world)
         subgroup = subgroup_of(parameters)
@@ -374,6 +376,21 @@ class DeepSpeed:
     def close(self) -> None:
         """See `Racer`."""
         self.engine.destroy()
+
+
+def compile_adam() -> None:
+    """Have DeepSpeed's Adam for the CPU compiled and loaded.
+
+    With a GPU DeepSpeed asks for CUDA's compiler, of which this Adam makes no use; where there is
+    none, it is compiled as on a machine without a GPU.
+
+    Raises:
+        Exception: It cannot be compiled at all.
+    """
+    try:
+        importlib.import_module("deepspeed.ops.op_builder").CPUAdamBuilder().load()
+    except Exception:
+        importlib.import_module("deepspeed.ops.op_builder.cpu").CPUAdamBuilder().load()
 
 
 def forecast_of(

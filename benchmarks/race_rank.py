@@ -25,7 +25,7 @@ import psutil
 import torch
 import torch.distributed as distributed
 from race_contenders import Contender, chosen
-from race_engines import Place, Racer, open_ranks, racer_of
+from race_engines import Place, Racer, compile_adam, open_ranks, racer_of
 from race_tracks import SMALL, Track, track_of
 
 from interlace.launch.launchers.parents import end_with_parent
@@ -236,7 +236,7 @@ def look_at_the_machine(folder: Path, device: torch.device) -> Finding:
     profile = known_profile(device, lambda text: print(text, flush=True))
     (folder / "profile.json").write_text(profile.model_dump_json(), encoding="utf-8")
     try:
-        importlib.import_module("deepspeed.ops.op_builder").CPUAdamBuilder().load()
+        compile_adam()
         # On a CPU it compiles collectives of its own, when ranks meet.
         open_ranks(device, 0, 1, f"{folder}/rendezvous")
         importlib.import_module("deepspeed").init_distributed("gloo", verbose=False)

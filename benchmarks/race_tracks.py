@@ -93,8 +93,8 @@ class Track:
 SMALL_WORDS = (
     "model.layers=4",
     "model.width=192",
-    "model.heads=4",
-    "model.kv_heads=2",
+    "model.heads=3",
+    "model.kv_heads=3",
     "model.ffn_width=512",
 )
 
