@@ -1,32 +1,52 @@
 """Digests of training state, as stored and as loaded."""
 
 import hashlib
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from interlace.trainer.checkpoint.commit import CheckpointStore
-from interlace.trainer.checkpoint.state import open_checkpoint
+from interlace.trainer.checkpoint.state import TrainingState, open_checkpoint
 
-LIVE_DIGEST = """
-import hashlib, sys
-from torch.distributed.tensor import DTensor
+LIVE_DIGEST = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).resolve().parent)!r})
+from digests import live_tensors
+from tiny_run import digest_of
 from interlace.trainer.assembly import assemble
 from interlace.trainer.config import load_recipe
 from interlace.trainer.world import process_group
 with process_group() as world:
-    config = load_recipe(sys.argv[1], [f"run.dir={sys.argv[2]}", *sys.argv[3:]]).config
+    config = load_recipe(sys.argv[1], [f"run.dir={{sys.argv[2]}}", *sys.argv[3:]]).config
     parts, progress, _ = assemble(config, world)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(parts.state.tensors().items()):
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        whole = whole.detach()
-        digest.update(f"{name} {whole.dtype} {list(whole.shape)}".encode())
-        digest.update(whole.contiguous().numpy().tobytes())
+    digest = digest_of(live_tensors(parts.state))
+    parts.state.engine.close()
     if world.is_main:
-        print("DIGEST", progress.step, digest.hexdigest())
+        print("DIGEST", progress.step, digest)
 """
+
+
+def live_tensors(state: TrainingState) -> dict[str, torch.Tensor]:
+    """Return every tensor of a live state as a whole, by canonical name, on every rank, put
+    together of what the ranks have of it.
+    """
+    rank, boxes = state.world.rank, list[Any]()
+    for live in state.live():
+        part = live.part(live.whole(), rank)
+        if part.owned:
+            box = (live.name, part.global_shape, part.offset, part.data.detach().cpu().clone())
+            boxes.append(box)
+    found: dict[str, torch.Tensor] = {}
+    for name, shape, offset, data in itertools.chain(*state.world.gather(boxes)):
+        whole = found.setdefault(name, torch.empty(shape, dtype=data.dtype))
+        ends = [slice(first, first + n) for first, n in zip(offset, data.shape, strict=True)]
+        whole[tuple(ends)] = data
+    return found
 
 
 def stored_digest(run: Path, step: int) -> str:

@@ -5,7 +5,6 @@ nothing in the program: its threads, the clock on its wall, or a look at what it
 """
 
 import datetime
-import hashlib
 import os
 import sys
 import time
@@ -46,8 +45,9 @@ def log_rows(path: str) -> None:
 
 def log_digest(path: str) -> None:
     """Write the digest of the whole state right after it is restored, as stored_digest has it."""
-    import torch
-    from torch.distributed.tensor import DTensor
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "cases"))
+    from digests import live_tensors
+    from tiny_run import digest_of
 
     from interlace.trainer import assembly
     from interlace.trainer.checkpoint.state import TrainingState
@@ -57,16 +57,9 @@ def log_digest(path: str) -> None:
     def logged(*arguments: Any) -> Any:
         outcome = restore(*arguments)
         [state] = [one for one in arguments if isinstance(one, TrainingState)]
-        digest = hashlib.sha256()
-        for name, tensor in sorted(state.tensors().items()):
-            # Every rank takes part in putting the whole together.
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            assert isinstance(whole, torch.Tensor)
-            whole = whole.detach().contiguous()
-            digest.update(f"{name} {whole.dtype} {list(whole.shape)}".encode())
-            digest.update(whole.numpy().tobytes())
+        digest = digest_of(live_tensors(state))
         if state.world.is_main:
-            Path(path).write_text(digest.hexdigest(), encoding="utf-8")
+            Path(path).write_text(digest, encoding="utf-8")
         return outcome
 
     assembly.restore = logged
