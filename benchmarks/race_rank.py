@@ -36,6 +36,9 @@ from interlace.offload.measure import known_profile
 PROFILE = "profile"
 """In the place of a contender's name: look at the machine, and build what DeepSpeed compiles."""
 
+PHASES = 2
+"""Iterations in which everything is waited for."""
+
 
 @dataclass
 class Timing:
@@ -164,7 +167,7 @@ class Trial:
             whole.append(self.block(racer, batches, track.block, updates=True))
             if self.contender.drops:
                 compute.append(self.block(racer, batches, max(2, track.block // 2), updates=False))
-        phases = [self.phases(racer, batches[0]) for _ in range(3)]
+        phases = [self.phases(racer, batches[0]) for _ in range(PHASES)]
         found.forward, found.backward, found.update = (
             statistics.median(column) for column in zip(*phases, strict=True)
         )

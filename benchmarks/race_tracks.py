@@ -41,6 +41,7 @@ class Track:
         sgd_lr: Of clipped SGD.
         blocks: Pairs of blocks of iterations, with and without updates, of each micro-batch.
         block: Iterations with updates in a block.
+        limit: Seconds after which a contender counts as hanging.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Track:
     sgd_lr: float = 0.1
     blocks: int = 1
     block: int = 4
+    limit: float = 150.0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,8 +134,8 @@ TINY = replace(
 TRACKS: tuple[Track, ...] = (
     TINY,
     SMALL,
-    Track(name="1.3B", recipe="gpt_1b_offload", blocks=2),
-    Track(name="7B", recipe="gpt_7b_offload"),
+    Track(name="1.3B", recipe="gpt_1b_offload"),
+    Track(name="7B", recipe="gpt_7b_offload", limit=300.0),
 )
 
 

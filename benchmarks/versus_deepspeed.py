@@ -42,9 +42,6 @@ from race_tables import NO_TIME, Outcome, draw, goals, names_apart, rows_of
 from race_tracks import TRACKS, Track, track_of
 from results import RESULTS, save, table
 
-LIMIT = 150.0
-"""Seconds after which a contender counts as hanging."""
-
 BUDGET = {"cuda": 500.0, "cpu": 260.0}
 """Seconds of the whole race by default: nine minutes on a GPU, five without, and some to spare."""
 
@@ -113,8 +110,11 @@ class Race:
         words = f"round {number}, {track.name}, {place + 1} of {len(self.contenders)}"
         print(f"[{self.left:4.0f} s left] {words}: {contender.title}", flush=True)
         folder = self.folder / f"{number}-{track.name}-{contender.name}"
-        command = [contender.name, track.name, str(folder), "full" if number == 1 else "quick"]
-        ended = run_ranks(command, folder, self.ranks, max(1.0, min(LIMIT, self.left)))
+        # Losses are compared once; those of large models are the same small model's.
+        compared = any(o.loss() is not None for o in self.outcomes if o.contender == contender)
+        how = "full" if number == 1 and not (compared and not track.steps) else "quick"
+        command = [contender.name, track.name, str(folder), how]
+        ended = run_ranks(command, folder, self.ranks, max(1.0, min(track.limit, self.left)))
         outcome.seconds.append(ended.seconds)
         self.take(outcome, number, ended)
 
