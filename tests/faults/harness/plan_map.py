@@ -174,10 +174,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
 }
 """Tests outside tests/faults that show a point, as `path::function` under tests/."""
 
-MISSING = {
-    "D4": "needs a second engine; DeepSpeed's is not built",
-    "D5": "needs a second engine; DeepSpeed's is not built",
-}
+MISSING: dict[str, str] = {}
 """Points that nothing shows yet, and why."""
 
 
