@@ -138,7 +138,7 @@ def assemble(
     # its own.
     bind_rank(world.device)
     plan = possible_plan(config, world, corpus, hardware)
-    training, validation = TrainingRows(corpus, config), ValidationRows(corpus, config)
+    batches = batches_of(config, plan, world, corpus)
     torch.manual_seed(config.run.seed + world.rank)
     objective = objective_of(config)(config, plan, world)
     manifest = manifest_of(config, plan.vocabulary_size)
@@ -156,15 +156,6 @@ def assemble(
         if manifest.entries:
             documents[MANIFEST_NAME] = manifest.document
         notes += describe_start(folder, config, plan, corpus, documents)
-    batches = StepBatches(
-        training=training,
-        validation=validation,
-        plan=plan,
-        world=world,
-        end_of_text=corpus.index.end_of_text,
-        respect_documents=config.data.respect_documents,
-        validation_bytes_per_token=corpus.bytes_per_token("validation"),
-    )
     parts = Parts(
         config,
         world,
@@ -185,6 +176,19 @@ def assemble(
     told = [*folder.notes, *beginning, *engine.notes, *notes, *expected]
     said = [f"run folder {folder.path}", *told]
     return parts, progress, said
+
+
+def batches_of(config: RunConfig, plan: Plan, world: World, corpus: PreparedCorpus) -> StepBatches:
+    """Return what cuts a corpus into this rank's micro-batches."""
+    return StepBatches(
+        training=TrainingRows(corpus, config),
+        validation=ValidationRows(corpus, config),
+        plan=plan,
+        world=world,
+        end_of_text=corpus.index.end_of_text,
+        respect_documents=config.data.respect_documents,
+        validation_bytes_per_token=corpus.bytes_per_token("validation"),
+    )
 
 
 def possible_plan(
