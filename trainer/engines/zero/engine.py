@@ -27,7 +27,7 @@ from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.engines import OnReport
 from interlace.trainer.engines.zero.opening import SETTINGS_NAME, Opened, open_zero
 from interlace.trainer.engines.zero.stages import Part, stage_of
-from interlace.trainer.errors import CheckpointError
+from interlace.trainer.errors import CheckpointError, ConfigError
 from interlace.trainer.models.model import Model
 from interlace.trainer.mup.manifest import Manifest
 from interlace.trainer.plan import Plan
@@ -297,4 +297,8 @@ def open_engine(
         ConfigError: The recipe and the user's JSON conflict, or this DeepSpeed is another one.
     """
     opened, moments = open_zero(model, config, plan, hardware, manifest, world)
-    return ZeroEngine(opened, moments, world)
+    try:
+        return ZeroEngine(opened, moments, world)
+    except ConfigError:
+        opened.end()
+        raise
