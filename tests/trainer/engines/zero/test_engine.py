@@ -38,7 +38,7 @@ def held(_):
 
 words = json.loads(Path("words.json").read_text())
 assembly.leave_pictures = lambda *_: None
-shown = {{}}
+shown, linear = {{}}, torch.nn.functional.linear
 with process_group() as world:
 
     # ---- saves beside updates
@@ -64,7 +64,7 @@ with process_group() as world:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Stages1And2
     words = [*words, "train.steps=3"]
     given = []
-    initialize, linear = deepspeed.initialize, torch.nn.functional.linear
+    initialize = deepspeed.initialize
 
     def noted(**arguments):
         given.append(arguments["config"])

@@ -75,6 +75,7 @@ ALONE = {
     "alone-zero2": zero(2, "none", 3),
     "alone-zero3-host": zero(3, "host"),
 }
+ENERGY = ("train.objective=energy", "energy.step_size=5", "optimizer.peak_lr=1e-4")
 MUP = ("mup.enabled=true", "mup.base_width=16", "model.kv_heads=2")
 
 SHAPE = ModelSection(
@@ -179,6 +180,16 @@ def test_so_they_are_in_all_stages_homes_and_passes(
     for name, seen in made(PARITY, tmp_path, corpus).items():
         assert apart(seen, shown["plain"], "losses") < LIMIT, name
         assert apart(seen, shown["plain"], "norms") < LIMIT, name
+
+
+@pytest.mark.long
+def test_a_loss_with_a_gradient_in_it_is_learnt_by_stages_1_and_2(
+    corpus: Sequence[str], tmp_path: Path
+) -> None:
+    [expected] = made({"energy-plain": ENERGY}, tmp_path, corpus, ranks=1).values()
+    stages = {f"energy-zero{stage}": (*ENERGY, *zero(stage, "host", 3)) for stage in (1, 2)}
+    for name, seen in made(stages, tmp_path, corpus).items():
+        assert apart(seen, expected, "losses") < LIMIT, name
 
 
 @pytest.mark.parametrize("name", [name for name in SKIPPING if "zero" in name])
