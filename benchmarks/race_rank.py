@@ -3,10 +3,10 @@
 Started by `race_processes` with the torchrun variables set; writes `rank-N.json` into the folder it
 is given: what was measured, or the last line of what went wrong.
 
-What is measured of each micro-batch: blocks of iterations with updates and blocks of iterations
-whose gradients are dropped, in turn, each from the end of one backward pass to the end of a later
-one, so that exactly as many updates lie between as iterations, wherever they run; and single
-iterations in which forward, backward and update are waited for one by one.
+What is measured of each micro-batch: a block of iterations with updates and one of iterations whose
+gradients are dropped, each from the end of one backward pass to the end of a later one, so that
+exactly as many updates lie between as iterations, wherever they run; and single iterations in which
+forward, backward and update are waited for one by one.
 """
 
 import importlib
@@ -158,21 +158,16 @@ class Trial:
         track, found = self.track, Timing()
         if self.place.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.place.device)
-        whole: list[float] = []
-        compute: list[float] = []
         # Tokens are made beforehand: what they take is no part of training.
-        batches = [batch for _, batch in zip(range(4), self.batches(rows), strict=False)]
+        batches = list(islice(self.batches(rows), 4))
         self.block(racer, batches, 1, updates=True)
-        for _ in range(1 if self.quick else track.blocks):
-            whole.append(self.block(racer, batches, track.block, updates=True))
-            if self.contender.drops:
-                compute.append(self.block(racer, batches, max(2, track.block // 2), updates=False))
+        found.iteration = self.block(racer, batches, track.block, updates=True)
+        if self.contender.drops:
+            found.compute = self.block(racer, batches, max(2, track.block // 2), updates=False)
         phases = [self.phases(racer, batches[0]) for _ in range(PHASES)]
         found.forward, found.backward, found.update = (
             statistics.median(column) for column in zip(*phases, strict=True)
         )
-        found.iteration = statistics.median(whole)
-        found.compute = statistics.median(compute) if compute else None
         expected = racer.forecast(found.forward, found.backward)
         if expected is not None:
             found.predicted_update = expected.update

@@ -39,8 +39,7 @@ class Track:
         bf16: Whether to compute in bfloat16.
         lr: Learning rate of AdamW.
         sgd_lr: Of clipped SGD.
-        blocks: Pairs of blocks of iterations, with and without updates, of each micro-batch.
-        block: Iterations with updates in a block.
+        block: Iterations with updates that are timed together.
         limit: Seconds after which a contender counts as hanging.
     """
 
@@ -55,7 +54,6 @@ class Track:
     bf16: bool = True
     lr: float = 1e-4
     sgd_lr: float = 0.1
-    blocks: int = 1
     block: int = 4
     limit: float = 150.0
 
@@ -93,7 +91,7 @@ class Track:
 
 
 SMALL_WORDS = (
-    "model.layers=4",
+    "model.layers=3",
     "model.width=192",
     "model.heads=3",
     "model.kv_heads=3",
@@ -111,8 +109,7 @@ SMALL = Track(
     recomputes=False,
     bf16=False,
     lr=1e-3,
-    sgd_lr=1.0,
-    blocks=2,
+    sgd_lr=0.3,
     block=8,
 )
 """Two million parameters, for a machine without a GPU; and what losses are compared on with one:
@@ -126,7 +123,6 @@ TINY = replace(
     length=16,
     rows=(1, 2),
     steps=3,
-    blocks=1,
     block=2,
 )
 """Seconds of work, to see whether everything runs."""

@@ -247,6 +247,11 @@ sys.exit(3)
 """
 
 
+def numbers_in(folder: Path) -> set[int]:
+    """The processes that the script has noted there."""
+    return {int(word) for path in folder.glob("pids-*") for word in path.read_text().split()}
+
+
 @pytest.mark.parametrize(
     ("way", "timeout", "said"),
     [("hang", 3.0, "killed after 3 s"), ("fail", 60.0, "MemoryError: the reason")],
@@ -263,11 +268,42 @@ def test_ranks_that_hang_are_killed_with_all_they_started(
     assert (ended.error, ended.findings) == (said, [])
     if way == "fail":
         assert ended.seconds < 50.0
-    pids = {int(word) for path in tmp_path.glob("pids-*") for word in path.read_text().split()}
+    pids = numbers_in(tmp_path)
     left = pids & set(race_processes.running())
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert len(pids) == 4 and not left
+
+
+STARTS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import race_processes
+folder = Path(sys.argv[2])
+race_processes.RANK_SCRIPT = folder / "hangs.py"
+race_processes.run_ranks([str(folder), "hang"], folder / "ranks", 2, 300.0)
+"""
+
+
+def test_ctrl_c_takes_the_ranks_along(tmp_path: Path, root: Path) -> None:
+    import race_processes
+
+    (tmp_path / "hangs.py").write_text(HANGS, encoding="utf-8")
+    words = [sys.executable, "-c", STARTS, str(root / "benchmarks"), str(tmp_path)]
+    race = subprocess.Popen(words, stderr=subprocess.PIPE)
+    try:
+        while len(numbers_in(tmp_path)) < 4:
+            assert race.poll() is None
+            time.sleep(0.05)
+        race.send_signal(signal.SIGINT)
+        assert b"KeyboardInterrupt" in race.communicate(timeout=120.0)[1]
+    finally:
+        race.kill()
+    left = numbers_in(tmp_path) & set(race_processes.running())
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 def test_a_rank_leaves_the_last_line_of_what_went_wrong(tmp_path: Path) -> None:
