@@ -13,8 +13,8 @@ its update takes longer than one whose gradients are dropped, as they follow eac
 memory is the peak of all ranks and their helpers together, device memory that of one device.
 
 On a GPU: 1.3B and 7B parameters, 2k and 16k tokens per step, state under a budget of 40% of itself;
-losses are compared on a small model, in float32 and in bfloat16. Without one: a small model on two gloo ranks, host
-memory in the place of a device: the same code, and times that say nothing of GPUs.
+losses are compared on a small model, in float32 and in bfloat16. Without one: a small model on two
+gloo ranks, host memory in the place of a device: the same code, and times that say nothing of GPUs.
 
     python benchmarks/versus_deepspeed.py                       all that fits into the budget
     python benchmarks/versus_deepspeed.py --only optimal zero3-offload --rounds 5
