@@ -145,36 +145,42 @@ def assemble(
     model = build_model(config, plan, manifest, world)
     beginning = begin(model, objective, folder, config, corpus)
     engine = builder_of(config).open_engine(model, config, plan, hardware, manifest, world)
-    state = TrainingState(model, engine, objective, world)
-    attempt = world.on_main(folder.store.begin_attempt)
-    heartbeat = began(folder, attempt) if began else Heartbeat()
-    heartbeat.enter("load")
-    progress, notes = restore(folder, attempt, state, corpus, manifest)
-    if world.is_main:
-        folder.store.require_live(attempt)
-        documents = dict(engine.documents)
-        if manifest.entries:
-            documents[MANIFEST_NAME] = manifest.document
-        notes += describe_start(folder, config, plan, corpus, documents)
-    parts = Parts(
-        config,
-        world,
-        folder,
-        plan,
-        hardware,
-        attempt,
-        corpus.digest,
-        batches,
-        manifest,
-        model,
-        objective,
-        state,
-        diagnostics_of(config, state),
-        heartbeat,
-    )
-    expected = [f"the plan expects trouble: {plan.offload.problem}"] if plan.offload.problem else []
-    told = [*folder.notes, *beginning, *engine.notes, *notes, *expected]
-    said = [f"run folder {folder.path}", *told]
+    with ExitStack() as undo:
+        # Whoever gets the parts closes it; if they cannot be made, nobody does.
+        undo.callback(engine.close)
+        state = TrainingState(model, engine, objective, world)
+        attempt = world.on_main(folder.store.begin_attempt)
+        heartbeat = began(folder, attempt) if began else Heartbeat()
+        heartbeat.enter("load")
+        progress, notes = restore(folder, attempt, state, corpus, manifest)
+        if world.is_main:
+            folder.store.require_live(attempt)
+            documents = dict(engine.documents)
+            if manifest.entries:
+                documents[MANIFEST_NAME] = manifest.document
+            notes += describe_start(folder, config, plan, corpus, documents)
+        parts = Parts(
+            config,
+            world,
+            folder,
+            plan,
+            hardware,
+            attempt,
+            corpus.digest,
+            batches,
+            manifest,
+            model,
+            objective,
+            state,
+            diagnostics_of(config, state),
+            heartbeat,
+        )
+        expected = (
+            [f"the plan expects trouble: {plan.offload.problem}"] if plan.offload.problem else []
+        )
+        told = [*folder.notes, *beginning, *engine.notes, *notes, *expected]
+        said = [f"run folder {folder.path}", *told]
+        undo.pop_all()
     return parts, progress, said
 
 

@@ -33,7 +33,11 @@ def save_evidence(run_dir: Path, step: int, batches: StepBatches, state: Trainin
         folder / f"rank-{rank:05d}.json",
         {
             "step": step + 1,
-            "weights_not_finite": [name for name, p in named if not all_finite(p)],
+            "weights_not_finite": [
+                name
+                for name, parameter in named
+                if not all_finite(state.engine.weight_of(parameter))
+            ],
             "gradients_not_finite": [
                 names[id(parameter)]
                 for parameter, gradient in state.engine.gradients()

@@ -85,6 +85,10 @@ class Engine(Protocol):
         """Yield the same parameters and the sums of squares of what this rank has."""
         ...
 
+    def weight_of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return what this rank has of a parameter as it computes with it, in any shape."""
+        ...
+
     def copies_of(self, parameter: torch.Tensor) -> int:
         """Return how many ranks have the same part of a parameter's gradient as this one."""
         ...
@@ -128,7 +132,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """End what the engine began; the run is over, well or badly."""
+        """End what the engine began; the run is over, well or badly. May be called again."""
         ...
 
 

@@ -69,6 +69,11 @@ class Fsdp2Engine:
         for member, square in squares_of(self.optimizer.subgroups):
             yield member.parameter, float(square)
 
+    def weight_of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return this rank's shard, or all of it on a single rank."""
+        weight = parameter.detach()
+        return weight.to_local() if isinstance(weight, DTensor) else weight
+
     def copies_of(self, parameter: torch.Tensor) -> int:
         """Return how many ranks hold the same part of a parameter."""
         if not isinstance(parameter, DTensor):

@@ -113,6 +113,13 @@ class ZeroEngine:
         for parameter, gradient in self.gradients():
             yield parameter, float(gradient.double().square().sum())
 
+    def weight_of(self, parameter: Any) -> torch.Tensor:
+        """Return all of it, or in stage 3 this rank's equal share, 1-D, without ZeRO's padding."""
+        if not hasattr(parameter, "ds_tensor"):
+            return parameter.detach()
+        share = parameter.ds_tensor.detach().view(-1)
+        return share[: max(0, parameter.ds_numel - self.world.rank * share.numel())]
+
     def copies_of(self, parameter: torch.Tensor) -> int:
         """Return 1: every element of a gradient is on one rank only, once it is reduced."""
         return 1
@@ -189,12 +196,10 @@ class ZeroEngine:
 
     def frozen(self, name: str, parameter: Any) -> list[Live]:
         """Return what this rank has of weights that are not trained: a share in stage 3."""
-        key = f"model.{name}"
+        key, share = f"model.{name}", self.weight_of(parameter)
         if not hasattr(parameter, "ds_tensor"):
-            return [Live(key, parameter.detach(), frozen=True)]
-        share = parameter.ds_tensor.detach().view(-1)
-        start = self.world.rank * share.numel()
-        share = share[: max(0, parameter.ds_numel - start)]
+            return [Live(key, share, frozen=True)]
+        start = self.world.rank * parameter.ds_tensor.numel()
         return fragments(key, share, tuple(parameter.ds_shape), start, self.world.size, None)
 
     def vectors_of(self, name: str, part: Part) -> dict[str, torch.Tensor]:
@@ -275,12 +280,16 @@ def fragments(
 
 
 def spread(model: Model, config: RunConfig, world: World, dtype: torch.dtype) -> None:
-    """Give the model memory on the host, all of it on every rank: ZeRO takes it from there tensor
-    by tensor. All weights have the compute dtype, which ZeRO asks for.
+    """Give the weights memory on the host, all of it on every rank: ZeRO takes them from there
+    tensor by tensor. All have the compute dtype, which ZeRO asks for. Buffers, which ZeRO-3 would
+    leave where they are, begin on the device.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device="cpu")
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=world.device))
 
 
 def open_engine(

@@ -5,6 +5,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ class Opened:
         attachment: Our update in it; None where nothing is offloaded or it could not be.
         settings: What DeepSpeed was given.
         notes: What a person should know.
-        end: Undoes what was begun.
+        end: Undoes what was begun; may be called again.
     """
 
     engine: Any
@@ -73,35 +74,51 @@ def open_zero(
     deepspeed = loaded(world)
     require_accepted(settings, config.parallel.deepspeed_config)
     require(deepspeed.utils.groups, ["_WORLD_GROUP"])
-    alone = join_alone(world)
-    deepspeed.init_distributed(verbose=False)
-    linear = functional.linear
-    if config.parallel.zero_stage == 3:
-        gather_by_layers(deepspeed, model)
-        deepspeed.zero.Init(module=model, config_dict_or_path=settings)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=client, config=settings, dist_init_required=False
-    )
-
-    def end() -> None:
-        engine.destroy()
+    with ExitStack() as undo:
+        if join_alone(world):
+            undo.callback(distributed.destroy_process_group)
         # Another run of this process has other groups, and DeepSpeed remembers its own.
-        deepspeed.utils.groups._WORLD_GROUP = None
+        undo.callback(setattr, deepspeed.utils.groups, "_WORLD_GROUP", None)
         # ZeRO-3 puts a function of its own in its place, for the whole process.
-        functional.linear = linear
-        if alone:
-            distributed.destroy_process_group()
-
-    attachment, notes = attached(engine, config, plan, hardware)
+        undo.callback(setattr, functional, "linear", functional.linear)
+        deepspeed.init_distributed(verbose=False)
+        if config.parallel.zero_stage == 3:
+            under_way = modules_under_way()
+            undo.callback(under_way.__delitem__, slice(len(under_way), None))
+            gather_by_layers(deepspeed, model)
+            deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=client, config=settings, dist_init_required=False
+        )
+        undo.callback(engine.destroy)
+        attachment, notes = attached(engine, config, plan, hardware)
+        # Until here whatever fails undoes what came before it.
+        end = undo.pop_all().close
     return Opened(engine, attachment, settings, notes, end), rule.moments
 
 
 def loaded(world: World) -> Any:
-    """Return the package deepspeed, told which device it computes on, and quiet."""
+    """Return the package deepspeed, told which device it computes on, and quiet.
+
+    Raises:
+        ConfigError: It computes on another kind of device, as the environment or whoever loaded it
+            first has it.
+    """
+    asked = os.environ.get("DS_ACCELERATOR")
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", str(world.device.index or 0))
     deepspeed = importlib.import_module("deepspeed")
+    device = deepspeed.accelerator.get_accelerator().device_name()
+    if device != world.device.type:
+        remedy = "unset DS_ACCELERATOR" if asked else f"export DS_ACCELERATOR={world.device.type}"
+        raise ConfigError(
+            [
+                f"parallel.engine=deepspeed: DeepSpeed computes on {device} in this process "
+                f"(DS_ACCELERATOR={asked or 'not set'}), and the run on {world.device.type}; start "
+                f"again after  {remedy}"
+            ]
+        )
     # It sets the level of its own logger when it is loaded.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if world.device.type == "cpu":
@@ -123,6 +140,15 @@ def join_alone(world: World) -> bool:
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     return True
+
+
+def modules_under_way() -> list[nn.Module]:
+    """Return ZeRO-3's list of the modules whose forward is under way, one for the whole process.
+    Below them it keeps every model for ever, and with it engine, state and threads.
+    """
+    owner = importlib.import_module("deepspeed.runtime.zero.parameter_offload")
+    require(owner, ["FWD_MODULE_STACK"])
+    return owner.FWD_MODULE_STACK
 
 
 def gather_by_layers(deepspeed: Any, model: Model) -> None:
