@@ -293,7 +293,8 @@ def draw(outcomes: Sequence[Outcome], caption: str) -> Figure:
         axis.set_xlabel("milliseconds per iteration")
         axis.set_title(f"{track.name}, {rows * track.length} tokens per rank and step", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
+    shown = axes[0].get_legend_handles_labels()
+    figure.legend(*shown, loc="outside lower center", ncols=len(PARTS), frameon=False, fontsize=8)
     figure.suptitle(caption, fontsize=10)
     return figure
 

@@ -112,7 +112,7 @@ SMALL = Track(
     sgd_lr=0.3,
     block=8,
 )
-"""Two million parameters, for a machine without a GPU; and what losses are compared on with one:
+"""1.4 million parameters, for a machine without a GPU; and what losses are compared on with one:
 rounding is amplified by training, so that those of large models would agree with nobody's.
 """
 

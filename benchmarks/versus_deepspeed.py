@@ -53,6 +53,7 @@ class Race:
     Attributes:
         folder: For logs and findings of the ranks.
         seconds: Budget; what has begun is ended with it.
+        load: Of the machine before anything began: what others had it do.
     """
 
     contenders: Sequence[Contender]
@@ -62,6 +63,7 @@ class Race:
     seconds: float
     folder: Path
     began: float = field(default_factory=time.monotonic)
+    load: float = field(default_factory=lambda: os.getloadavg()[0])
     outcomes: list[Outcome] = field(default_factory=list[Outcome])
     notes: list[str] = field(default_factory=list[str])
 
@@ -178,8 +180,8 @@ def conditions(race: Race) -> list[str]:
         else "gloo on the CPU, which stands for the device: times say nothing of GPUs"
     )
     return [
-        f"DeepSpeed {deepspeed}; {race.ranks} ranks, {where}; {max(1, cores // race.ranks)} cores "
-        f"and threads of each rank's own.",
+        f"DeepSpeed {deepspeed}; {race.ranks} ranks, {where}; cores and "
+        f"threads of each rank's own: {max(1, cores // race.ranks)}. Load average when it began: {race.load:.1f}.",
         *race.notes,
     ]
 
