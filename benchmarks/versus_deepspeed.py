@@ -180,8 +180,8 @@ def conditions(race: Race) -> list[str]:
         else "gloo on the CPU, which stands for the device: times say nothing of GPUs"
     )
     return [
-        f"DeepSpeed {deepspeed}; {race.ranks} ranks, {where}; cores and "
-        f"threads of each rank's own: {max(1, cores // race.ranks)}. Load average when it began: {race.load:.1f}.",
+        f"DeepSpeed {deepspeed}; {race.ranks} ranks, {where}; cores and threads of each rank's "
+        f"own: {max(1, cores // race.ranks)}. Load average when it began: {race.load:.1f}.",
         *race.notes,
     ]
 
