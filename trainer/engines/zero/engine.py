@@ -27,7 +27,7 @@ from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.engines import OnReport
 from interlace.trainer.engines.zero.opening import SETTINGS_NAME, Opened, open_zero
 from interlace.trainer.engines.zero.stages import Part, stage_of
-from interlace.trainer.errors import CheckpointError, ConfigError
+from interlace.trainer.errors import CheckpointError
 from interlace.trainer.models.model import Model
 from interlace.trainer.mup.manifest import Manifest
 from interlace.trainer.plan import Plan
@@ -308,6 +308,6 @@ def open_engine(
     opened, moments = open_zero(model, config, plan, hardware, manifest, world)
     try:
         return ZeroEngine(opened, moments, world)
-    except ConfigError:
+    except BaseException:
         opened.end()
         raise
