@@ -102,6 +102,8 @@ class ZeroEngine:
 
     def gradients(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield parameters and this rank's part of their gradients, 1-D."""
+        # Those that are offloaded may still be on their way, on streams of DeepSpeed's.
+        self._synchronize()
         for parameter in self.engine.module.parameters():
             if parameter.requires_grad:
                 gradient = self.stage.gradient_of(parameter)
@@ -140,12 +142,16 @@ class ZeroEngine:
 
     def _measure(self, began: float) -> None:
         """Report an update of ZeRO's own, of which only the duration is known."""
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
+        self._synchronize()
         seconds = time.perf_counter() - began
         self.report = UpdateReport(self.updates + 1, Timeline(()), seconds, seconds, None)
         if self.tell is not None:
             self.tell(self.report, None, None)
+
+    def _synchronize(self) -> None:
+        """Wait for all work on the device, whoever submitted it."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
 
     def drop_gradients(self) -> None:
         """Let ZeRO skip the update, as it does where a gradient overflows."""

@@ -1,25 +1,17 @@
 """What a run under ZeRO leaves of itself in its process: nothing, however it ends."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from engine_runs import CASES, WORDS, ZERO
 from ranks import run_on_ranks
-from torch import nn
 from torch.distributed import is_initialized
 from torch.nn import functional
 
-from interlace.trainer.config.schema import RunConfig
-from interlace.trainer.engines.zero.engine import spread
-from interlace.trainer.engines.zero.opening import loaded
-from interlace.trainer.errors import ConfigError
-from interlace.trainer.models.model import Model
 from interlace.trainer.world import World
 
 SCRIPT = f"""
@@ -102,40 +94,3 @@ def test_nothing_of_a_run_outlives_it(shown: Shown) -> None:
 
 def test_evidence_names_weights_of_which_a_rank_has_a_share(shown: Shown) -> None:
     assert shown["evidence"]["weights_not_finite"] == ["embedding.weight"]
-
-
-def test_buffers_begin_on_the_device_where_zero_3_would_leave_them_on_the_host() -> None:
-    model = cast(Model, nn.BatchNorm1d(2, device="meta"))
-    spread(model, RunConfig(), World(device=torch.device("meta")), torch.bfloat16)
-    assert {(each.device.type, each.dtype) for each in model.parameters()} == {
-        ("cpu", torch.bfloat16)
-    }
-    assert {each.device.type for each in model.buffers()} == {"meta"}
-
-
-@pytest.mark.parametrize(
-    ("asked", "computes", "runs", "remedy"),
-    [
-        ("cpu", "cpu", "cuda", "unset DS_ACCELERATOR"),
-        (None, "cuda", "cpu", "export DS_ACCELERATOR=cpu"),
-    ],
-)
-def test_another_kind_of_device_than_the_run_has_is_told(
-    asked: str | None, computes: str, runs: str, remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = SimpleNamespace(device_name=lambda: computes)
-    accelerator = SimpleNamespace(get_accelerator=lambda: found)
-    monkeypatch.setitem(
-        sys.modules, "deepspeed", cast(Any, SimpleNamespace(accelerator=accelerator))
-    )
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    # What is set meanwhile goes away again.
-    monkeypatch.setenv("DS_ACCELERATOR", asked or "")
-    if asked is None:
-        monkeypatch.delenv("DS_ACCELERATOR")
-    with pytest.raises(ConfigError) as caught:
-        loaded(World(device=torch.device(runs)))
-    assert str(caught.value) == (
-        f"parallel.engine=deepspeed: DeepSpeed computes on {computes} in this process "
-        f"(DS_ACCELERATOR={asked or 'not set'}), and the run on {runs}; start again after  {remedy}"
-    )
