@@ -55,11 +55,12 @@ def attach(
         The attachment; None, after a warning, where DeepSpeed's own update stays.
 
     Raises:
+        TypeError: It is no engine, but a model, say.
         ValueError: The engine is attached already, or an option is DeepSpeed's to decide.
     """
     options = options or OffloadOptions()
     check_options(options)
-    zero = engine.optimizer
+    zero = optimizer_of(engine)
     if getattr(zero, MARK, None) is not None:
         raise ValueError("this engine is attached already; detach(engine) first")
     attachment: Attachment | None = None
@@ -71,6 +72,16 @@ def attach(
     setattr(zero, MARK, attachment)
     logger.info("attached: %d subgroups, homes %s", len(attachment.homes), attachment.homes)
     return attachment
+
+
+def optimizer_of(engine: Any) -> Any:
+    """Return the optimizer of an engine, or raise `TypeError` for what is none."""
+    if not hasattr(engine, "optimizer"):
+        raise TypeError(
+            f"a {type(engine).__name__} is no engine of DeepSpeed; give what deepspeed.initialize "
+            "returned first:  engine, *_ = deepspeed.initialize(...)"
+        )
+    return engine.optimizer
 
 
 def attached(
@@ -87,8 +98,8 @@ def attached(
         MemoryShortage: State does not fit.
     """
     check_version(str(loaded().__version__))
-    check_names(zero)
     check_settings(zero)
+    check_names(zero)
     rule = rule_of(zero.optimizer)
     stage = Stage3(zero) if type(zero).__name__ == STAGE_3 else Stages1And2(zero)
     check_tensors(stage)
@@ -132,7 +143,7 @@ def detach(engine: Any) -> None:
     """Give an engine ZeRO's own update back, between steps; state stays where DeepSpeed looks for
     it, on the host. An engine that is not attached is left alone.
     """
-    zero = engine.optimizer
+    zero = optimizer_of(engine)
     attachment = getattr(zero, MARK, None)
     if attachment is not None:
         attachment.close()

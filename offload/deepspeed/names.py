@@ -90,15 +90,20 @@ def check_names(zero: Any) -> None:
     """Raise `Unserved` unless an optimizer of an engine is of a known class with all its names."""
     kind = type(zero).__name__
     if kind not in NAMES:
-        known = " or ".join(NAMES)
-        raise Unserved(f"engine.optimizer is a {kind}, not a {known} (ZeRO stages 1, 2 and 3)")
+        known = " and ".join(NAMES)
+        raise Unserved(
+            f"engine.optimizer is of class {kind}, and known are {known}, those of "
+            "zero_optimization.stage 1, 2 and 3 with offload_optimizer.device cpu"
+        )
     missing = [name for name in NAMES[kind] if not hasattr(zero, name)]
     if missing:
         raise Unserved(f"{kind} of this DeepSpeed has no {', '.join(missing)}")
 
 
 def check_settings(zero: Any) -> None:
-    """Raise `Unserved` for a setting under which DeepSpeed makes another update."""
+    """Raise `Unserved` for a setting under which DeepSpeed makes another update. It may lack names
+    then, so that settings are looked at first.
+    """
     for name, fits, words in SETTINGS:
         if hasattr(zero, name) and not fits(getattr(zero, name)):
             raise Unserved(f"{words} ({name}={getattr(zero, name)!r})")

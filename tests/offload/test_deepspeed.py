@@ -4,6 +4,7 @@ Everything that DeepSpeed takes part in runs in one start of two processes, whic
 any of it; the tests look at what came of it. `test_deepspeed_long.py` has more ways to train.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 import torch
 from deepspeed_runs import HEAD, Shown, shown_by
 
+from interlace.offload.deepspeed import attach, detach
 from interlace.offload.deepspeed.flats import cuts_of
 from interlace.offload.deepspeed.names import (
     NAMES,
     SETTINGS,
+    STAGE_3,
     Unserved,
     check_names,
     check_settings,
@@ -124,8 +127,28 @@ def test_every_name_that_is_needed_is_missed(kind: str, name: str) -> None:
 
 
 def test_another_class_of_optimizer_is_named() -> None:
-    with pytest.raises(Unserved, match=r"engine\.optimizer is a BF16_Optimizer"):
+    with pytest.raises(Unserved, match=r"engine\.optimizer is of class BF16_Optimizer"):
         check_names(type("BF16_Optimizer", (), {})())
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_an_engine_that_does_not_offload_is_told_so_and_not_of_names_that_it_lacks(
+    kind: str,
+) -> None:
+    attribute = "offload_optimizer" if kind == STAGE_3 else "cpu_offload"
+    zero = type(kind, (), {attribute: False})()
+    words = "not attached.*state is not offloaded: set offload_optimizer.device to cpu"
+    with pytest.warns(UserWarning, match=words):
+        assert attach(SimpleNamespace(optimizer=zero)) is None
+
+
+@pytest.mark.parametrize("action", [attach, detach])
+def test_a_model_that_deepspeed_has_not_had_yet_is_refused(
+    action: Callable[[torch.nn.Module], object],
+) -> None:
+    words = r"a Linear is no engine of DeepSpeed; give what deepspeed\.initialize returned"
+    with pytest.raises(TypeError, match=words):
+        action(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("version", ["0.18.9", "0.20.0", "1.0", "0.9.5"])
