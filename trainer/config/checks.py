@@ -41,6 +41,7 @@ from interlace.trainer.config.parallel_checks import (
     zero_has_the_rule,
     zero_keeps_state_in_float32,
     zero_overlaps_no_update,
+    zero_reaches_all_it_trains,
     zero_recomputes_no_gradients,
     zero_stage_has_its_engine,
 )
@@ -372,4 +373,5 @@ CHECKS: tuple[Callable[[RunConfig], str | None], ...] = (
     zero_checks_no_idle_state,
     zero_has_the_diagnostics,
     zero_3_differentiates_once,
+    zero_reaches_all_it_trains,
 )

@@ -151,3 +151,20 @@ def zero_3_differentiates_once(config: RunConfig) -> str | None:
         "weights in hooks that can be differentiated only once; type parallel.zero_stage=2 "
         f"{OTHERWISE}"
     )
+
+
+def zero_reaches_all_it_trains(config: RunConfig) -> str | None:
+    """Our optimizer leaves weights alone to which no gradient comes, and ZeRO updates whole
+    partitions.
+    """
+    distill = config.distill
+    if not uses_zero(config) or config.train.objective != "distill":
+        return None
+    reaches_all = distill.logit_weight or distill.likelihood_weight
+    if distill.train_only != "all" or reaches_all:
+        return None
+    return (
+        "distill.train_only=all: with distill.logit_weight=0 no gradient comes to layers that the "
+        "teacher has too, and parallel.engine=deepspeed would let them decay; type "
+        f"distill.train_only=new, distill.logit_weight=1 {OTHERWISE}"
+    )

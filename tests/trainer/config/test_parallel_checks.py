@@ -1,10 +1,14 @@
 """What DeepSpeed's engine cannot do is refused in words, before anything is loaded."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from interlace.trainer.config import load_recipe
+from interlace.trainer.config.checks import CHECKS
+from interlace.trainer.config.parallel_checks import zero_reaches_all_it_trains
+from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.errors import ConfigError
 
 REFUSED = {
@@ -69,6 +73,35 @@ def test_what_zero_cannot_do_is_refused_under_it_only(words: str) -> None:
 @pytest.mark.parametrize("words", ALLOWED)
 def test_what_zero_can_do_is_allowed(words: str) -> None:
     recipe(f"parallel.engine=deepspeed {words}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "engine", "refused"),
+    [
+        ({"train_only": "all", "logit_weight": 0.0}, "deepspeed", True),
+        ({"train_only": "all", "logit_weight": 0.0}, "fsdp2", False),
+        ({"train_only": "all", "logit_weight": 0.0, "likelihood_weight": 1.0}, "deepspeed", False),
+        ({"train_only": "all"}, "deepspeed", False),
+        ({"logit_weight": 0.0}, "deepspeed", False),
+    ],
+)
+def test_weights_that_nothing_is_learnt_for_would_decay_under_zero(
+    settings: dict[str, Any], engine: str, refused: bool
+) -> None:
+    config = RunConfig.model_validate(
+        {
+            "parallel": {"engine": engine},
+            "train": {"objective": "distill"},
+            "distill": {"teacher": "somewhere", **settings},
+        }
+    )
+    message = (
+        "distill.train_only=all: with distill.logit_weight=0 no gradient comes to layers that the "
+        "teacher has too, and parallel.engine=deepspeed would let them decay; type "
+        "distill.train_only=new, distill.logit_weight=1 or parallel.engine=fsdp2"
+    )
+    assert zero_reaches_all_it_trains(config) == (message if refused else None)
+    assert zero_reaches_all_it_trains in CHECKS
 
 
 def test_all_that_zero_cannot_do_is_told_at_once() -> None:
