@@ -105,20 +105,14 @@ def loaded(world: World) -> Any:
             first has it.
     """
     asked = os.environ.get("DS_ACCELERATOR")
-    if world.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if asked:
+        # A kind that is not there, or that it does not know, would keep it from being imported.
+        require_device(asked, asked, world)
+    elif world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", str(world.device.index or 0))
     deepspeed = importlib.import_module("deepspeed")
-    device = deepspeed.accelerator.get_accelerator().device_name()
-    if device != world.device.type:
-        remedy = "unset DS_ACCELERATOR" if asked else f"export DS_ACCELERATOR={world.device.type}"
-        raise ConfigError(
-            [
-                f"parallel.engine=deepspeed: DeepSpeed computes on {device} in this process "
-                f"(DS_ACCELERATOR={asked or 'not set'}), and the run on {world.device.type}; start "
-                f"again after  {remedy}"
-            ]
-        )
+    require_device(deepspeed.accelerator.get_accelerator().device_name(), asked, world)
     # It sets the level of its own logger when it is loaded.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if world.device.type == "cpu":
@@ -129,6 +123,28 @@ def loaded(world: World) -> Any:
     renamed = r"`torch\.distributed\.\w+` is deprecated"
     warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
     return deepspeed
+
+
+def require_device(device: str, asked: str | None, world: World) -> None:
+    """Do nothing if DeepSpeed computes on the kind of device that the run has.
+
+    Args:
+        device: What it computes on.
+        asked: What the environment says, if anything.
+        world: This rank.
+
+    Raises:
+        ConfigError: It is another kind.
+    """
+    if device != world.device.type:
+        remedy = "unset DS_ACCELERATOR" if asked else f"export DS_ACCELERATOR={world.device.type}"
+        raise ConfigError(
+            [
+                f"parallel.engine=deepspeed: DeepSpeed computes on {device} in this process "
+                f"(DS_ACCELERATOR={asked or 'not set'}), and the run on {world.device.type}; start "
+                f"again after  {remedy}"
+            ]
+        )
 
 
 def join_alone(world: World) -> bool:
