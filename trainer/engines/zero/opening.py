@@ -85,6 +85,7 @@ def open_zero(
         if config.parallel.zero_stage == 3:
             under_way = modules_under_way()
             undo.callback(under_way.__delitem__, slice(len(under_way), None))
+            undo.callback(forget_releases)
             gather_by_layers(deepspeed, model)
             deepspeed.zero.Init(module=model, config_dict_or_path=settings)
         engine, *_ = deepspeed.initialize(
@@ -165,6 +166,19 @@ def modules_under_way() -> list[nn.Module]:
     owner = importlib.import_module("deepspeed.runtime.zero.parameter_offload")
     require(owner, ["FWD_MODULE_STACK"])
     return owner.FWD_MODULE_STACK
+
+
+def forget_releases() -> None:
+    """Empty the cache, one for the whole process, of what ZeRO-3 releases after each module: its
+    keys are the modules of all models that there were.
+    """
+    name = "deepspeed.runtime.zero.partitioned_param_coordinator"
+    owner = importlib.import_module(name).PartitionedParameterCoordinator
+    for function in vars(owner).values():
+        # What caches is inside the functions that DeepSpeed puts around it.
+        for cell in getattr(function, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
 
 def gather_by_layers(deepspeed: Any, model: Model) -> None:
