@@ -50,7 +50,7 @@ from interlace.trainer.parallel import (
 )
 from interlace.trainer.parts import Parts
 from interlace.trainer.plan import Plan, Setting, resolve
-from interlace.trainer.rendezvous import agree
+from interlace.trainer.rendezvous import agree, digest_of
 from interlace.trainer.run import Run
 from interlace.trainer.run_folder import (
     RunFolder,
@@ -232,7 +232,9 @@ def describe_start(
     what has changed since the start before.
     """
     notes = keep_plugins(folder.path, config.model.plugins)
-    environment = describe_environment(plan)
+    file = config.parallel.deepspeed_config
+    own_settings = digest_of(Path(file).expanduser()) if file else ""
+    environment = describe_environment(plan, own_settings)
     if folder.resumes:
         notes.append(contract_note(read_environment(folder.path), environment))
     describe(folder.path, config, plan, corpus, environment)

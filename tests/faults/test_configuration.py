@@ -25,6 +25,7 @@ from interlace.trainer.config.schema import RunConfig
 from interlace.trainer.contract import changes, contract_note
 from interlace.trainer.errors import CheckpointError, ConfigError
 from interlace.trainer.loop import finished_steps, train
+from interlace.trainer.observe.environment import describe_environment
 from interlace.trainer.world import World
 
 WRONG_FOR_ALL = ({"a": {"b": 1}}, date(1979, 5, 27), [["a"]])
@@ -238,6 +239,18 @@ def test_h2_what_changed_since_the_last_start_lowers_the_contract(
     assert f"was {was}" in said
     again = train_here(tiny, run, "train.steps=7")
     assert "determinism D0" in again
+
+
+def test_h2_other_settings_of_deepspeed_are_another_engine(
+    tiny: Sequence[str], tmp_path: Path
+) -> None:
+    with open_run(config_of(tiny, tmp_path / "run"), World()) as run:
+        zero = run.plan.model_copy(update={"engine": "deepspeed", "zero_stage": 3})
+        plain = describe_environment(run.plan)["engine"]
+    assert plain == "fsdp2"
+    words = [describe_environment(zero, own)["engine"] for own in ("", "0123", "4567")]
+    assert str(words[0]).endswith("ZeRO stage 3, torch's update")
+    assert words[1:] == [f"{words[0]}, own settings 0123", f"{words[0]}, own settings 4567"]
 
 
 def test_h2_an_environment_that_cannot_be_read_is_told() -> None:

@@ -16,8 +16,13 @@ from interlace.trainer.source_digest import source_digest
 LIBRARIES = ("torch", "triton", "numba", "numpy", "safetensors", "datasets", "tokenizers")
 
 
-def describe_environment(plan: Plan) -> dict[str, object]:
-    """Return what `environment.json` holds of a run with this plan."""
+def describe_environment(plan: Plan, own_settings: str = "") -> dict[str, object]:
+    """Return what `environment.json` holds of a run with this plan.
+
+    Args:
+        plan: The plan.
+        own_settings: A digest of the user's own settings of DeepSpeed; empty without any.
+    """
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
         "interlace": interlace.__version__,
@@ -33,16 +38,17 @@ def describe_environment(plan: Plan) -> dict[str, object]:
         "host_memory_bytes": host_memory_bytes(),
         "gpus": gpus,
         "world_size": plan.world_size,
-        "engine": engine_in_full(plan),
+        "engine": engine_in_full(plan, own_settings),
     }
 
 
-def engine_in_full(plan: Plan) -> str:
+def engine_in_full(plan: Plan, own_settings: str) -> str:
     """Return the name of a run's engine, with all that changes how it rounds."""
     if plan.zero_stage is None:
         return plan.engine
     updates = "torch's update" if plan.offload.strategy == "none" else "our update"
-    return f"DeepSpeed {version_of('deepspeed')}, ZeRO stage {plan.zero_stage}, {updates}"
+    whole = f"DeepSpeed {version_of('deepspeed')}, ZeRO stage {plan.zero_stage}, {updates}"
+    return f"{whole}, own settings {own_settings}" if own_settings else whole
 
 
 def version_of(name: str) -> str | None:
