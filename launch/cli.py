@@ -18,7 +18,7 @@ from typing import NoReturn
 from interlace.launch.launchers.parser import add_launch
 from interlace.launch.mup.parser import add_mup
 from interlace.launch.sweep.parser import add_sweep
-from interlace.trainer.ends import is_of_a_peer, is_told_by_rank_0, is_told_later, record_of
+from interlace.trainer.ends import is_of_a_peer, is_told_by_rank_0, is_told_later
 from interlace.trainer.errors import UserError
 from interlace.trainer.exits import Exit, status_of
 
@@ -426,7 +426,7 @@ def guarded(action: Callable[[], int]) -> int:
     except UserError as error:
         if not is_told_later(error) and (main_rank or not is_told_by_rank_0(error)):
             print(f"interlace: {error}", file=sys.stderr)
-        elif record_of(error) is None:
+        elif not is_told_later(error):
             # torchrun ends rank 0 as soon as it sees this one gone.
             time.sleep(TELLING_SECONDS)
         return status_of(error)
