@@ -35,6 +35,9 @@ from engine_runs import make_runs
 make_runs()
 """
 
+CUTTING = "cutting.json"
+"""A file, beside the runs, of settings of DeepSpeed by which ZeRO-3 keeps no weight whole."""
+
 ZERO = "parallel.engine=deepspeed"
 
 WORDS = (
@@ -77,6 +80,9 @@ def made(
         ranks: Number of processes.
     """
     asked = {name: [*WORDS, *corpus, *words] for name, words in runs.items()}
+    (folder / CUTTING).write_text(
+        '{"zero_optimization": {"stage3_param_persistence_threshold": 0}}', encoding="utf-8"
+    )
     (folder / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
     done = run_on_ranks(SCRIPT, folder, ranks)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]

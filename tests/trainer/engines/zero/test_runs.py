@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from digests import stored_digest
-from engine_runs import ZERO, Seen, made
+from engine_runs import CUTTING, ZERO, Seen, made
 from foreign_cases import saved
 
 from interlace.launch.cli import main
@@ -26,9 +26,12 @@ STAGES, HOMES, PASSES = (1, 2, 3), ("none", "host", "optimal"), (1, 3)
 
 
 def zero(stage: int, home: str = "none", passes: int = 1) -> tuple[str, ...]:
-    """Return the words for a stage, a strategy of offloading and passes of each step on 2 ranks."""
+    """Return the words for a stage, a strategy of offloading and passes of each step on 2 ranks.
+    With stage 3 and state on the host all weights are cut; else tiny ones are whole everywhere.
+    """
     rows = f"train.microbatch_rows={6 // passes}"
-    return (ZERO, f"parallel.zero_stage={stage}", f"offload.strategy={home}", rows)
+    own = f"parallel.deepspeed_config={CUTTING if (stage, home) == (3, 'host') else ''}"
+    return (ZERO, f"parallel.zero_stage={stage}", own, f"offload.strategy={home}", rows)
 
 
 def named(stage: int, home: str, passes: int) -> str:
@@ -62,7 +65,12 @@ SKIPPING = {
     "spike-zero3-host": (*zero(3, "host"), SPIKE, *SPIKES),
 }
 
-FSDP2 = ("parallel.engine=fsdp2", "parallel.zero_stage=3", "offload.strategy=none")
+FSDP2 = (
+    "parallel.engine=fsdp2",
+    "parallel.zero_stage=3",
+    "parallel.deepspeed_config=",
+    "offload.strategy=none",
+)
 MOVED = {
     "move-a": (FSDP2, zero(3), zero(1, "host")),
     "move-b": (zero(3, "host", 3), FSDP2, zero(2)),
