@@ -23,17 +23,6 @@ PlanOf = Callable[..., Any]
 
 
 @pytest.fixture
-def plan_of(capsys: pytest.CaptureFixture[str]) -> PlanOf:
-    """Run `interlace plan WORDS --json` and return the document."""
-
-    def plan(*words: str) -> Any:
-        assert main(["plan", *words, "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
-
-    return plan
-
-
-@pytest.fixture
 def page_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run `interlace plan WORDS` and return the page."""
 

@@ -1,6 +1,5 @@
 """`interlace plan` of a run whose engine is DeepSpeed's ZeRO."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,6 @@ SEVEN_BILLION = ("gpt_7b_offload", "--hardware", "h200", "--ranks", "4")
 ZERO = (*SEVEN_BILLION, "parallel.engine=deepspeed", "offload.split_master=false")
 
 PlanOf = Callable[..., Any]
-
-
-@pytest.fixture
-def plan_of(capsys: pytest.CaptureFixture[str]) -> PlanOf:
-    """Run `interlace plan WORDS --json` and return the document."""
-
-    def plan(*words: str) -> Any:
-        assert main(["plan", *words, "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
-
-    return plan
 
 
 def test_the_page_says_engine_and_stage(capsys: pytest.CaptureFixture[str]) -> None:
