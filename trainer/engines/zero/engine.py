@@ -160,7 +160,8 @@ class ZeroEngine:
         self._norm = None
 
     def finish_step(self) -> None:
-        """Nothing: an update is over when the step is."""
+        """Wait for what a device has still to do of the step."""
+        self._synchronize()
 
     def newest_report(self) -> UpdateReport | None:
         """Return the report of the newest update."""

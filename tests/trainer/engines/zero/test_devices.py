@@ -67,3 +67,5 @@ def test_gradients_are_read_when_their_copies_to_the_host_have_come(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: did.append(f"wait {device}"))
     assert list(Watching().gradients()) == []
     assert did == ["wait cuda:0", "read"]
+    Watching().finish_step()
+    assert did[2:] == ["wait cuda:0"]
