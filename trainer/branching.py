@@ -13,6 +13,7 @@ from pathlib import Path
 from interlace.trainer.checkpoint.commit import CheckpointStore
 from interlace.trainer.checkpoint.files import open_regular, write_file
 from interlace.trainer.config.schema import RunConfig
+from interlace.trainer.contract import ENVIRONMENT_NAME
 from interlace.trainer.data.gaps import Gaps, batch_of, parse_gaps
 from interlace.trainer.errors import CheckpointError, ConfigError
 from interlace.trainer.observe.metrics import METRICS_NAME
@@ -65,8 +66,10 @@ def branch(config: RunConfig, saved: RunConfig, path: Path) -> None:
     origin, step = Path(config.run.branch_of).expanduser(), config.run.branch_step
     before, now = parse_gaps(saved.data.skip_batches), parse_gaps(config.data.skip_batches)
     check_gaps(config, before, now)
-    if (origin / METRICS_NAME).is_file():
-        shutil.copyfile(origin / METRICS_NAME, path / METRICS_NAME)
+    # What was measured until there, and on what: a branch says how exactly it repeats that.
+    for name in (METRICS_NAME, ENVIRONMENT_NAME):
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, path / name)
     copy_checkpoint(
         CheckpointStore(origin / "checkpoints"), step, CheckpointStore(path / "checkpoints")
     )

@@ -134,6 +134,7 @@ def test_f2_nan_again_and_again_stops_the_run_and_one_process_finds_the_first_ag
     assert advice is not None, done.stderr
     repeated = interlace(*advice[1].split(), f"run.dir={again}", advice[2])
     assert repeated.returncode == 65, repeated.stdout + repeated.stderr
+    assert "determinism lowered to D1: world_size is now 1, was 2" in repeated.stdout
     [evidence] = (again / "evidence").iterdir()
     assert evidence.name == "step-00000010"
     document = json.loads((evidence / "rank-00000.json").read_text())
