@@ -23,6 +23,7 @@ from interlace.offload.cores import usable_cores
 from interlace.trainer.attention_choice import choice_for
 from interlace.trainer.config import RunConfig
 from interlace.trainer.config.load import Recipe
+from interlace.trainer.engines.zero.installed import deepspeed_version, why_no_deepspeed
 from interlace.trainer.plan import microbatch_rows
 
 WIDTH = 100
@@ -38,6 +39,8 @@ class Machine:
         triton: Version, or None.
         triton_problem: Why the Triton kernels do not run here and what to type; None if they do.
         flash_attn_problem: Likewise for Dao-AILab's package.
+        deepspeed: Version, or None.
+        deepspeed_problem: Likewise for DeepSpeed as the engine of a run.
         measured: Where measured times of attention come from.
     """
 
@@ -46,6 +49,8 @@ class Machine:
     triton: str | None
     triton_problem: str | None
     flash_attn_problem: str | None
+    deepspeed: str | None
+    deepspeed_problem: str | None
     measured: tuple[str, ...]
 
 
@@ -76,6 +81,8 @@ def machine() -> Machine:
         triton=version,
         triton_problem=problem,
         flash_attn_problem=missing() if on_gpu else "there is no GPU that torch can use",
+        deepspeed=deepspeed_version(),
+        deepspeed_problem=why_no_deepspeed(),
         measured=tuple(tables()),
     )
 
@@ -162,10 +169,9 @@ def doctor_page(
     for number, device in enumerate(found.devices):
         lines += entry("devices" if number == 0 else "", device)
     lines += entry("torch", found.torch)
-    usable = "usable" if found.triton_problem is None else f"not usable: {found.triton_problem}"
-    lines += entry("Triton", f"{found.triton}, {usable}" if found.triton else usable)
-    package = found.flash_attn_problem
-    lines += entry("flash-attn", "usable" if package is None else f"not usable: {package}")
+    lines += entry("Triton", usable(found.triton_problem, found.triton))
+    lines += entry("flash-attn", usable(found.flash_attn_problem))
+    lines += entry("DeepSpeed", usable(found.deepspeed_problem, found.deepspeed))
     for number, text in enumerate(found.measured):
         lines += entry("measured attention" if number == 0 else "", text)
     if os.environ.get(FORCED_BY):
@@ -178,6 +184,12 @@ def doctor_page(
         lines += ["", f"Attention of {recipe.name}"]
         lines += ["  it has none"] if attention is None else attention_lines(attention)
     return "\n".join(lines)
+
+
+def usable(problem: str | None, version: str | None = None) -> str:
+    """Return in words whether something can be used, and its version if that is known."""
+    words = "usable" if problem is None else f"not usable: {problem}"
+    return f"{version}, {words}" if version else words
 
 
 def attention_lines(attention: Attention) -> list[str]:

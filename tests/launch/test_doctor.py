@@ -1,7 +1,9 @@
 """`interlace doctor`: what it says of this machine and of a recipe's attention."""
 
+import importlib.util
 import json
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,17 @@ def test_without_a_recipe_it_speaks_of_the_machine(capsys: pytest.CaptureFixture
     assert any(line.startswith("  torch  ") and torch.__version__ in line for line in lines)
     assert "Attention of" not in "\n".join(lines)
     assert document(capsys)["attention"] is None
+
+
+def test_it_says_whether_deepspeed_can_be_the_engine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = metadata.version("deepspeed")
+    assert f"  DeepSpeed            {version}, usable" in page(capsys).splitlines()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    said = " ".join(page(capsys).split())
+    assert "DeepSpeed not usable: deepspeed is not installed; type pip install" in said
+    assert document(capsys)["machine"]["deepspeed"] is None
 
 
 def test_a_recipe_s_attention_is_explained(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from importlib import metadata
 from interlace.offload.deepspeed.names import Unserved, check_version
 from interlace.trainer.errors import ConfigError
 
-REMEDY = "type  pip install 'interlace[deepspeed]'  or parallel.engine=fsdp2"
+INSTALL = "type  pip install 'interlace[deepspeed]'"
 
 
 def deepspeed_version() -> str | None:
@@ -20,16 +20,23 @@ def deepspeed_version() -> str | None:
         return None
 
 
+def why_no_deepspeed() -> str | None:
+    """Return why DeepSpeed cannot be the engine of a run here, and what to type; None if it can."""
+    version = deepspeed_version()
+    if version is None:
+        return f"deepspeed is not installed; {INSTALL}"
+    try:
+        check_version(version)
+    except Unserved as reason:
+        return f"{reason}; {INSTALL}"
+    return None
+
+
 def require_deepspeed() -> None:
     """Do nothing if a version that is known is installed.
 
     Raises:
         ConfigError: None is, or another.
     """
-    version = deepspeed_version()
-    if version is None:
-        raise ConfigError([f"parallel.engine=deepspeed: deepspeed is not installed; {REMEDY}"])
-    try:
-        check_version(version)
-    except Unserved as reason:
-        raise ConfigError([f"parallel.engine=deepspeed: {reason}; {REMEDY}"]) from reason
+    if problem := why_no_deepspeed():
+        raise ConfigError([f"parallel.engine=deepspeed: {problem}  or parallel.engine=fsdp2"])
