@@ -16,11 +16,13 @@ from interlace.trainer.checkpoint.boxes import boxes_of
 from interlace.trainer.checkpoint.commit import CheckpointStore
 from interlace.trainer.checkpoint.live import Live, Source
 from interlace.trainer.checkpoint.tensors import (
+    Slice,
     TensorIndex,
     TensorReader,
     box,
     index_of,
     merge_indexes,
+    overlap,
     parse_index,
     safetensors_head,
 )
@@ -50,6 +52,25 @@ def test_boxes_are_the_run_in_its_order(run: tuple[Cut, int, int]) -> None:
     assert elements == list(range(start, stop))
     assert all(each.elements > 0 for each in boxes)
     assert len(boxes) <= max(1, 2 * len(shape) - 1)
+
+
+@st.composite
+def some_slices(draw: st.DrawFn) -> list[Slice]:
+    """A few boxes of one tensor, anywhere."""
+    dimensions = draw(st.integers(0, 3))
+    extents = st.lists(st.integers(0, 3), min_size=dimensions, max_size=dimensions).map(tuple)
+    one = st.builds(Slice, file=st.just("file"), offset=extents, shape=extents)
+    return draw(st.lists(one, max_size=6))
+
+
+@given(some_slices())
+def test_slices_that_share_an_element_are_found(slices: list[Slice]) -> None:
+    def elements(one: Slice) -> set[Cut]:
+        ranges = [range(a, a + n) for a, n in zip(one.offset, one.shape, strict=True)]
+        return set(itertools.product(*ranges))
+
+    pairs = itertools.combinations(slices, 2)
+    assert overlap(slices) == any(elements(one) & elements(other) for one, other in pairs)
 
 
 @st.composite
