@@ -167,7 +167,7 @@ def test_a_run_that_waits_for_its_storage_stops_when_it_is_asked_to(
     storage.failures = iter([True] * 99)
     stop = StopRequest(announce=False)
     monkeypatch.setattr(saving.time, "sleep", lambda _: stop.ask("enough"))
-    config = config_of(tiny, tmp_path / "run", *SHORT, "checkpoint.retry_seconds=3000.0")
+    config = config_of(tiny, tmp_path / "run", *SHORT, "checkpoint.retry_seconds=5.0")
     with pytest.raises(StorageError, match="cannot be saved"):
         train(config, World(), stop=stop)
     assert stop.received
