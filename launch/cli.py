@@ -18,7 +18,7 @@ from typing import NoReturn
 from interlace.launch.launchers.parser import add_launch
 from interlace.launch.mup.parser import add_mup
 from interlace.launch.sweep.parser import add_sweep
-from interlace.trainer.ends import is_of_a_peer, is_told_by_rank_0, is_told_later
+from interlace.trainer.ends import is_of_a_peer, is_told_by_rank_0, is_told_later, record_of
 from interlace.trainer.errors import UserError
 from interlace.trainer.exits import Exit, status_of
 
@@ -442,7 +442,8 @@ def guarded(action: Callable[[], int]) -> int:
         if is_told_later(error):
             return Exit.DEFECT
         if os.environ.get("WORLD_SIZE", "1") != "1" and is_of_a_peer(error):
-            if main_rank:
+            # Before a start has its number there is no file that would tell of the other ranks.
+            if main_rank or record_of(error) is None:
                 print(f"interlace: another rank has gone: {first_sentence(error)}", file=sys.stderr)
             return Exit.DEFECT
         traceback.print_exc()

@@ -291,6 +291,8 @@ def damage(run, step, rank):
 right."""
 
 IN_IDLE_STATE = """
+from interlace.trainer.engines.fsdp2 import own_optimizer
+
 def damage(run, step, rank):
     if step == 6 and rank == 1:
         optimizer = own_optimizer(run.parts.state.engine)

@@ -179,17 +179,30 @@ def test_another_rank_tells_its_reason_unless_rank_0_has_the_same(
     assert len(capsys.readouterr().err.splitlines()) == lines
 
 
-@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
-def test_of_a_peer_s_end_rank_0_says_one_line_and_others_nothing(
-    rank: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("rank", "recorded", "lines"),
+    [("0", True, 1), ("1", True, 0), ("0", False, 1), ("1", False, 1)],
+)
+def test_of_a_peer_s_end_rank_0_says_one_line_and_others_only_what_no_file_tells(
+    rank: str,
+    recorded: bool,
+    lines: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail() -> int:
-        raise RuntimeError(GLOO + "\nand more")
+        error = RuntimeError(GLOO + "\nand more")
+        if recorded:
+            mark_recorded(error, ends_folder(tmp_path, 1) / f"rank-{rank}.json")
+        raise error
 
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert guarded(fail) == Exit.DEFECT
-    assert len(capsys.readouterr().err.splitlines()) == lines
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == lines
+    assert all(line.startswith("interlace: another rank has gone: ") for line in said)
 
 
 # ---- a whole run ---------------------------------------------------------------------------------

@@ -100,10 +100,14 @@ class Attempt:
 
     def resumed_step(self) -> int | None:
         """Return the step that it went on from, 0 for a new run; None if it never came so far."""
-        printed = self.outputs[0].read_text(encoding="utf-8", errors="replace")
+        printed = self.said(0)
         if resumed := re.search(r"resumed from the checkpoint of step (\d+)", printed):
             return int(resumed[1])
         return 0 if "run folder" in printed else None
+
+    def said(self, rank: int) -> str:
+        """Return what one rank has printed."""
+        return self.outputs[rank].read_text(encoding="utf-8", errors="replace")
 
     def wait_until_stopped(self, *ranks: int, longest_seconds: float = LONGEST_SECONDS) -> None:
         """Wait until each of these ranks has stopped itself (action `stop` of a failpoint)."""

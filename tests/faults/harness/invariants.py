@@ -5,7 +5,8 @@
     I3  nothing that was acknowledged is missing, but for what retention lets go
     I4  a step is published by one start only
     I5  no process and no temporary file is left
-    I6  a rank that ended badly without being killed says why, under its own exit status
+    I6  a rank that ended badly without being killed says why, under its own exit status: in a file,
+        or on the terminal where its start had no number yet
 
 `assert_same_run` adds that the run ended as if nothing had happened.
 """
@@ -110,7 +111,7 @@ def processes_of(drill: Drill) -> Iterator[str]:
 
 
 def silent_ends(drill: Drill) -> Iterator[str]:
-    """I6: the file of every rank that ended badly by itself."""
+    """I6: the file of every rank that ended badly by itself, or its words."""
     known = {int(status) for status in Exit}
     for attempt in drill.attempts:
         for rank, process in enumerate(attempt.ranks):
@@ -127,6 +128,8 @@ def silent_ends(drill: Drill) -> Iterator[str]:
                 json.loads(path.read_text(encoding="utf-8"))
                 for path in (drill.run / "ends").glob(f"attempt-*/rank-{rank}.json")
             ]
+            if attempt.resumed_step() is None and "interlace: " in attempt.said(rank):
+                continue
             if not any(end["status"] == code for end in ends):
                 yield f"rank {rank} ended with {code} and left no reason: {ends}"
 
