@@ -179,7 +179,7 @@ def test_every_way_to_import_deepspeed_is_seen(code: str) -> None:
             "from interlace.trainer.plan import resolve\n"
             "config = load_recipe('quickstart').config\n"
             "resolve(config, make_setting(config, 1, this_machine()))",
-            "ray deepspeed datasets matplotlib tensorboard",
+            "ray deepspeed datasets matplotlib tensorboard torch._dynamo",
         ),
     ],
 )

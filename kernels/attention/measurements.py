@@ -16,7 +16,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from interlace.kernels.attention.request import Mask
@@ -194,9 +193,12 @@ Answer = TypeVar("Answer", bound=Callable[..., Any])
 
 
 def constant(function: Answer) -> Answer:
-    """Let compilers call a function once, while they trace, and take its answer as a constant."""
-    marked = torch.compiler.assume_constant_result(function)
-    assert callable(marked)
+    """Let compilers call a function once, while they trace, and take its answer as a constant.
+
+    It is what `torch.compiler.assume_constant_result` does, without the second that loading the
+    compiler takes in every process that never compiles.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
     return function
 
 

@@ -13,6 +13,7 @@ from interlace.kernels.attention import backends, flash_attn, flex, router
 from interlace.kernels.attention.backends import BACKENDS
 from interlace.kernels.attention.measurements import (
     Row,
+    constant,
     merge_rows,
     nearest_row,
     read_rows,
@@ -304,3 +305,14 @@ def test_recipes_know_the_same_names() -> None:
 
     names = get_args(ModelSection.model_fields["attention_backend"].annotation)
     assert set(names) == {"auto", *BACKENDS}
+
+
+def test_a_constant_is_marked_as_torch_marks_it() -> None:
+    def torchs() -> int:
+        return 1
+
+    def ours() -> int:
+        return 1
+
+    torch.compiler.assume_constant_result(torchs)
+    assert torchs.__dict__ == constant(ours).__dict__ != {}

@@ -18,7 +18,7 @@ from interlace.kernels import linear_cross_entropy, rotary_tables
 from interlace.trainer.config.model_section import ModelSection
 from interlace.trainer.models.context import BlockContext, LayerCache, Routed
 from interlace.trainer.models.depth import layer_patterns
-from interlace.trainer.models.layers import Linear, RMSNorm
+from interlace.trainer.models.layers import Embedding, Linear, RMSNorm
 from interlace.trainer.models.model import Balances, Caches, Model
 from interlace.trainer.models.registry import mixer_class
 from interlace.trainer.models.shapes import head_width
@@ -113,7 +113,7 @@ class LanguageModel(Model):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.embedding = nn.Embedding(vocabulary_size, config.width)
+        self.embedding = Embedding(vocabulary_size, config.width)
         self.layers = nn.ModuleList(Layer(letters, config) for letters in layer_patterns(config))
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         self.head = None if config.tie_embeddings else Linear(config.width, vocabulary_size)

@@ -1,4 +1,4 @@
-"""The two leaf modules: a linear map and a norm whose fp32 weights are cast where they are used.
+"""The leaf modules: a linear map, a table, and a norm; fp32 weights are cast where they are used.
 
 Casting at use keeps one code path for one process and for FSDP2, whose gathered weights already
 come in the compute dtype. There are no biases.
@@ -20,6 +20,17 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
         return linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A table of one row per token whose values, like all others, `Model.initialise` brings.
+
+    Torch's would be drawn when it is made; on the meta device that loads the compiler, for a
+    second of every start.
+    """
+
+    def reset_parameters(self) -> None:
+        """Leave the table as it was allocated."""
 
 
 class RMSNorm(nn.Module):

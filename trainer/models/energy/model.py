@@ -45,7 +45,7 @@ from interlace.trainer.models.energy.inner_step import (
 )
 from interlace.trainer.models.energy.loss import Descent, descend
 from interlace.trainer.models.language_model import Layer, rotary_in
-from interlace.trainer.models.layers import Linear, RMSNorm
+from interlace.trainer.models.layers import Embedding, Linear, RMSNorm
 from interlace.trainer.models.model import Caches, Model
 
 Checkpointing = Literal["none", "block", "selective"]
@@ -136,13 +136,13 @@ class EnergyModel(Model):
         self.compute_dtype = compute_dtype
         self.checkpointing = checkpointing
         width, words = config.width, layer_patterns(config)
-        self.embedding = nn.Embedding(vocabulary_size, width)
+        self.embedding = Embedding(vocabulary_size, width)
         self.layers = nn.ModuleList(Layer(letters, config) for letters in words)
         self.norm = RMSNorm(width, config.norm_epsilon)
         own = energy.candidate_table == "own"
         self.candidate_proj = Linear(vocabulary_size, width) if own else None
         told = energy.variant != "none"
-        self.step_embed = nn.Embedding(energy.steps, width) if told else None
+        self.step_embed = Embedding(energy.steps, width) if told else None
         blocks = len("".join(words)) if energy.variant == "adaln" else 0
         self.modulations = nn.ModuleList(Linear(width, 3 * width) for _ in range(blocks))
         self.energy_head = Linear(width, 1)
