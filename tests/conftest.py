@@ -2,9 +2,11 @@
 quick.
 """
 
+import gc
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +19,10 @@ import torch
 # library is imported, which any test module may do: so it is set before all of them.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell that starts this in the background has Ctrl-C ignored, here and in all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,6 +43,12 @@ TINY = (
 """Words of a `train` command that finish in seconds: 40 steps, a checkpoint every 5."""
 
 Interlace = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_finish() -> None:
+    """Have every later search for garbage pass over modules and tests, which stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

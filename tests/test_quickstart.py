@@ -34,7 +34,7 @@ def trained(interlace: Callable[..., Any], folder: Path, *words: str) -> tuple[P
 def test_a_short_quickstart_learns_python_and_shows_a_sample(
     interlace: Callable[..., Any], tmp_path: Path
 ) -> None:
-    words = ("quickstart", "train.steps=60", "train.validation_tokens=16384")
+    words = ("quickstart", "train.steps=30", "train.validation_tokens=16384")
     run, printed = trained(interlace, tmp_path, *words)
     records = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
     # An untrained model needs 8 bits per byte.

@@ -21,8 +21,22 @@ def blocks(language: str, *texts: str) -> list[str]:
 
 
 COMMANDS = [
-    line for block in blocks("bash", README, *GUIDES) for line in block.splitlines() if line.strip()
+    *dict.fromkeys(
+        line
+        for block in blocks("bash", README, *GUIDES)
+        for line in block.splitlines()
+        if line.strip()
+    )
 ]
+LONG = (
+    "interlace train quickstart_offload train.steps=8 observe.trace_steps=4:7 "
+    "offload.strategy=stride offload.stride=2",
+    "interlace mup check proxy --seeds 2 --widths 32,64,128,256",
+    "interlace launch torchrun fault-drill run.dir=runs/two-ranks --nproc 2",
+    "torchrun --standalone --nproc-per-node 2 -m interlace.launch.torchrun fault-drill "
+    "train.steps=5",
+)
+"""Commands that are for `make test-long`; no other command uses what they leave."""
 
 
 def named_files(*texts: str) -> dict[str, str]:
@@ -41,7 +55,14 @@ def empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_the_long_commands_are_documented() -> None:
+    assert set(LONG) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(line, marks=pytest.mark.long if line in LONG else ()) for line in COMMANDS],
+)
 def test_a_documented_command_succeeds(command: str, empty_folder: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(

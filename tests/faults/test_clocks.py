@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 
+import pytest
 from drill import Drill
 
 from interlace.trainer.checkpoint import CheckpointStore
@@ -15,6 +16,7 @@ RecordFault = Callable[[str, int, float], None]
 HOUR = 3600.0
 
 
+@pytest.mark.faults
 def test_h4_wrong_clocks_change_no_save_and_no_choice_of_the_newest(
     drill: MakeDrill, judge: Judge, record_fault: RecordFault
 ) -> None:

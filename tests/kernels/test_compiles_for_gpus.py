@@ -38,6 +38,7 @@ def compiled(folder: Path, capability: int, case: str, *words: str) -> list[dict
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.long
 def test_the_kernels_of_attention_compile_for_an_h100(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         plain, everything = pool.map(

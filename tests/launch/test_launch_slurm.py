@@ -128,6 +128,7 @@ def wait_for_a_checkpoint(run: Path, job: "subprocess.Popen[str]") -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_a_job_saves_before_its_time_is_over_goes_back_to_the_queue_and_finishes(
     tiny: Sequence[str],
     interlace: Callable[..., "subprocess.CompletedProcess[str]"],

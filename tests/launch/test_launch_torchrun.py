@@ -123,6 +123,7 @@ def test_after_a_rank_was_killed_all_start_again_and_the_losses_are_the_same(
     assert losses_of(run) == losses_of(straight)
 
 
+@pytest.mark.long
 def test_sigterm_reaches_every_rank_once_and_the_run_goes_on_later(
     straight: Path,
     tiny: Sequence[str],

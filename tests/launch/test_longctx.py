@@ -275,6 +275,7 @@ def test_half_precision_is_that_of_the_weights() -> None:
     assert half.model.compute_dtype == torch.bfloat16
 
 
+@pytest.mark.long
 def test_the_command_shows_a_page_and_a_picture_of_a_run_beside_a_recipe(
     interlace: Callable[..., Any], tiny: Sequence[str], tmp_path: Path
 ) -> None:

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from interlace.launch.cli import main
 
 SHORT = ("train.steps=60", "train.tokens_per_step=512", "train.validation_tokens=4096")
 
 
+@pytest.mark.long
 def test_the_best_rate_stays_under_mup_and_falls_without(tmp_path: Path) -> None:
     words = ["sweep", "proxy", "--widths", "32,128", "--lr", "2**-10:2**-5", "--seeds", "1"]
     words += ["--parametrisation", "both", "--jobs", "1", "--store", str(tmp_path / "trials")]

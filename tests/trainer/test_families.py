@@ -74,7 +74,16 @@ OFFLOADED = (
 Interlace = Callable[..., Any]
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+OFTEN = ("hybrid", "energy, S1")
+"""What `make test` runs; the rest is for `make test-long`."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name in OFTEN else pytest.mark.long) for name in FAMILIES
+    ],
+)
 def family(request: pytest.FixtureRequest) -> str:
     """The name of each family."""
     return request.param

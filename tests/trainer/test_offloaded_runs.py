@@ -36,7 +36,7 @@ CLIPS = {
     "quantiles": LAGGED,
 }
 
-OFTEN = {("optimal", "clipped"), ("optimal", "unclipped")}
+OFTEN = {("optimal", "clipped")}
 """What `make test` runs; the rest is for `make test-long`."""
 
 Interlace = Callable[..., Any]
@@ -93,7 +93,7 @@ def test_on_two_ranks_every_strategy_has_the_losses_of_the_resident_run(
 @pytest.mark.parametrize(
     "form",
     [
-        (),
+        pytest.param((), marks=pytest.mark.long),
         pytest.param(("offload.split_master=true",), marks=pytest.mark.long),
         pytest.param(("offload.moments=bfloat16",), marks=pytest.mark.long),
         pytest.param(("train.microbatch_rows=1",), marks=pytest.mark.long),
@@ -151,10 +151,12 @@ def test_a_checkpoint_goes_on_under_another_strategy_and_another_number_of_ranks
 @pytest.mark.parametrize(
     ("settings", "points"),
     [
-        ((), ("step.forward@7", "step.backward@9", "step.update@8")),
-        (LAGGED, ("step.backward@9",)),
+        pytest.param((), ("step.backward@9",), id="adamw"),
+        pytest.param(
+            (), ("step.forward@7", "step.update@8"), id="adamw, elsewhere", marks=pytest.mark.long
+        ),
+        pytest.param(LAGGED, ("step.backward@9",), id="quantiles", marks=pytest.mark.long),
     ],
-    ids=["adamw", "quantiles"],
 )
 def test_a_kill_during_an_overlapped_update_loses_nothing(
     settings: tuple[str, ...],
@@ -174,6 +176,7 @@ def test_a_kill_during_an_overlapped_update_loses_nothing(
     assert losses_of(run) == losses_of(resident(1, *settings))
 
 
+@pytest.mark.long
 def test_thresholds_are_part_of_a_checkpoint_on_any_number_of_ranks_and_clipping_is_told(
     interlace: Interlace, tiny: Sequence[str], tmp_path: Path
 ) -> None:

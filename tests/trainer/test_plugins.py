@@ -145,6 +145,7 @@ def test_one_file_registers_every_kind_of_part_and_a_recipe_trains_with_all(
     assert sample.stdout.startswith("1 2 ")
 
 
+@pytest.mark.long
 def test_a_run_goes_on_when_its_plug_in_was_moved(
     recipe: Path, interlace: Interlace, tiny: Sequence[str], tmp_path: Path
 ) -> None:

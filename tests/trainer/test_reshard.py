@@ -58,6 +58,7 @@ def test_replicated_groups_write_each_slice_once_and_learn_the_same(
     assert files == {"rank-00000-of-00004.safetensors", "rank-00001-of-00004.safetensors"}
 
 
+@pytest.mark.long
 def test_accumulation_changes_nothing_but_rounding(
     interlace: Callable[..., Any], tiny: Sequence[str], tmp_path: Path
 ) -> None:

@@ -34,8 +34,18 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(
+            name,
+            backend,
+            marks=pytest.mark.long if backend == "triton" and name != "softcap, window" else (),
+        )
+        for name in TINY
+        for backend in ("reference", "chunked", "triton")
+    ],
+)
 def test_first_and_second_derivatives_are_those_of_finite_differences(
     name: str, backend: str
 ) -> None:

@@ -121,6 +121,7 @@ def test_a_run_measures_chosen_steps_and_trains_as_if_it_did_not(
         assert record["critical_learning_rate"] > record["lr"]
 
 
+@pytest.mark.long
 def test_it_does_not_depend_on_ranks_and_offloading(
     run: Path, interlace: Interlace, tiny: Sequence[str], tmp_path: Path
 ) -> None:
@@ -144,6 +145,7 @@ def test_it_does_not_depend_on_ranks_and_offloading(
                 "energy.replay_share=0.5",
             ),
             id="energy with replay",
+            marks=pytest.mark.long,
         ),
     ],
 )

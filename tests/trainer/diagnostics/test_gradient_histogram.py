@@ -93,6 +93,7 @@ def test_octaves_are_those_of_floats(exponent: int) -> None:
     assert histogram.edges == [exponent, exponent + 1]
 
 
+@pytest.mark.long
 def test_a_run_records_quantiles_and_gives_tensorboard_histograms_on_any_number_of_ranks(
     interlace: Interlace, tiny: Sequence[str], tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ def test_a_row_asks_for_the_value_that_it_showed_beside_each_key() -> None:
     assert len(orders) > 10
 
 
+@pytest.mark.long
 def test_a_hybrid_recalls_more_than_mamba_2_alone() -> None:
     from recall import Task, Training, learn
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from interlace.launch.cli import main
@@ -24,6 +25,7 @@ def numbers(run: Path) -> torch.Tensor:
     return torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64)
 
 
+@pytest.mark.long
 def test_two_ranks_learn_what_one_learns(
     tiny: Sequence[str], interlace: Any, tmp_path: Path
 ) -> None:

@@ -331,6 +331,7 @@ def words(student: Path, run: Path, corpus: Sequence[str]) -> list[str]:
     ]
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_as_it_would_have_and_only_new_layers_have_changed(
     interlace: Callable[..., Any],
     corpus: tuple[str, str],
