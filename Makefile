@@ -16,7 +16,7 @@ train: $(VENV)/installed
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
-# What make test runs in fewer ways, and whole quickstarts: forty minutes more.
+# What make test runs in fewer ways, and whole quickstarts: an hour more.
 test-long: $(VENV)/installed-dev
 	$(BIN)/pytest -m long
 

@@ -151,11 +151,16 @@ def engine_in_words(plan: Plan) -> str:
 
 
 def check_engine(config: RunConfig, plan: Plan) -> None:
-    """Raise `ConfigError` if a user's own settings of the engine speak against the recipe."""
+    """Raise `ConfigError` if the engine cannot train the recipe, or a user's own settings of it
+    speak against the recipe.
+    """
     if plan.zero_stage is not None:
+        from interlace.trainer.engines.zero.opening import require_whole_tensors
         from interlace.trainer.engines.zero.settings import engine_settings
+        from interlace.trainer.mup.manifest import manifest_of
 
         engine_settings(config, plan)
+        require_whole_tensors(manifest_of(config, plan.vocabulary_size))
 
 
 def model_rows(config: RunConfig, plan: Plan) -> list[Row]:

@@ -83,3 +83,12 @@ def test_conflicts_with_a_users_own_settings_are_told_before_a_run(
     assert main(["plan", *ZERO, f"parallel.deepspeed_config={file}"]) == 2
     said = capsys.readouterr().err
     assert f"parallel.deepspeed_config={file}: zero_optimization.stage is 1, and the recipe" in said
+
+
+def test_rows_with_rates_of_their_own_are_refused_before_a_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("quickstart_hybrid", "mup.enabled=true", "mup.base_width=64")
+    assert main(["plan", *words]) == 0
+    assert main(["plan", *words, "parallel.engine=deepspeed"]) == 2
+    assert "parallel.engine=deepspeed has one rate per tensor" in capsys.readouterr().err

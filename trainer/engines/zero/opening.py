@@ -69,6 +69,7 @@ def open_zero(
             rates of their own.
     """
     settings = engine_settings(config, plan)
+    require_whole_tensors(manifest)
     rule = rule_of(config)
     client = client_of(config, parameter_groups(model, rule.hyperparameters(), manifest))
     deepspeed = loaded(world)
@@ -200,13 +201,13 @@ def with_gradient(unit: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
     return (x, *others)
 
 
-def client_of(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return the optimizer of torch that a recipe's rule is.
+def require_whole_tensors(manifest: Manifest) -> None:
+    """Do nothing if muP gives every tensor one rate.
 
     Raises:
         ConfigError: Rows of a tensor have rates of their own.
     """
-    if any("row_blocks" in group for group in groups):
+    if any(len(entries) > 1 for entries in manifest.by_name.values()):
         raise ConfigError(
             [
                 "mup.enabled=true: some tensors of this model have blocks of rows that scale in "
@@ -214,6 +215,10 @@ def client_of(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Op
                 "parallel.engine=fsdp2"
             ]
         )
+
+
+def client_of(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return the optimizer of torch that a recipe's rule is."""
     hyper = dict(rule_of(config).hyperparameters())
     make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer.rule]
     return make(groups, **hyper)

@@ -5,7 +5,7 @@ import torch
 from mup_cases import VOCABULARY, model_of, recipe
 
 from interlace.trainer.config.schema import RunConfig
-from interlace.trainer.engines.zero.opening import client_of
+from interlace.trainer.engines.zero.opening import client_of, require_whole_tensors
 from interlace.trainer.errors import ConfigError
 from interlace.trainer.mup.manifest import manifest_of
 from interlace.trainer.optimizer import parameter_groups
@@ -35,8 +35,9 @@ def test_tensors_that_scale_in_different_ways_are_groups_of_their_own() -> None:
 
 
 def test_rows_of_one_tensor_have_one_rate_or_are_refused() -> None:
+    require_whole_tensors(manifest_of(recipe(), VOCABULARY))
     with pytest.raises(ConfigError) as caught:
-        client(recipe("hybrid"))
+        require_whole_tensors(manifest_of(recipe("hybrid"), VOCABULARY))
     assert str(caught.value) == (
         "mup.enabled=true: some tensors of this model have blocks of rows that scale in different "
         "ways, and parallel.engine=deepspeed has one rate per tensor; type parallel.engine=fsdp2"
