@@ -1,10 +1,11 @@
 """What several tests of the command line share."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from interlace.launch.cli import main
 
@@ -18,3 +19,12 @@ def plan_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
         return json.loads(capsys.readouterr().out)
 
     return plan
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Trials of a sweep are too small to be shared by threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

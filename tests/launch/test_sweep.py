@@ -1,162 +1,31 @@
 """Sweeps keep what they have found: trials are trained once, whatever happens to a sweep."""
 
-import csv
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from sweep_cases import a_trial, pretended, result_of, space_of, without_seconds, words
 
-from interlace.launch.cli import build_parser, main, parse
-from interlace.launch.sweep import command
+from interlace.launch.cli import main
 from interlace.launch.sweep.carry import axes_between, carried_tables, overrides_of
-from interlace.launch.sweep.conducting import Ended, Job, State, conduct
+from interlace.launch.sweep.conducting import State
 from interlace.launch.sweep.judging import judged, winner
 from interlace.launch.sweep.page import sweep_page
 from interlace.launch.sweep.picture import draw
 from interlace.launch.sweep.progress import Progress, estimate, seconds_left, summary, table
-from interlace.launch.sweep.records import SECONDS, csv_text, sweep_document, write_records
-from interlace.launch.sweep.request import read_request
+from interlace.launch.sweep.records import csv_text, sweep_document, write_records
 from interlace.launch.sweep.running import clipping, divergence, late_mean, run_trial
-from interlace.launch.sweep.store import Result, Store
-from interlace.launch.sweep.trials import Space, Trial, make_space
+from interlace.launch.sweep.store import Store
+from interlace.launch.sweep.trials import Space
 from interlace.trainer.config.load import load_recipe
 from interlace.trainer.errors import ConfigError, UserError
 from interlace.trainer.loop import train
 from interlace.trainer.observe.metrics import StepRecord, read_metrics
 from interlace.trainer.world import World
 
-SMALL = (
-    "model.width=32",
-    "model.layers=1",
-    "model.heads=2",
-    "model.kv_heads=1",
-    "model.ffn_width=64",
-    "data.sequence_length=32",
-    "train.tokens_per_step=128",
-    "train.steps=4",
-    "train.validate_every_steps=0",
-    "train.validation_tokens=256",
-    "optimizer.warmup_steps=1",
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def words(corpus: Sequence[str], *more: str, lr: str = "2**-8:2**-6") -> list[str]:
-    """Return the words of a sweep whose trials take a moment."""
-    return ["sweep", "fault-drill", *SMALL, *corpus, "--widths", "16,32", "--lr", lr, *more]
-
-
-def space_of(corpus: Sequence[str], tmp_path: Path, *more: str) -> Space:
-    """Return what such a sweep may try."""
-    line = words(corpus, "--store", str(tmp_path / "store"), *more)
-    return make_space(read_request(parse(build_parser(), line)), "cpu")
-
-
-def a_trial(space: Space, **changes: Any) -> Trial:
-    """Return one trial of a sweep."""
-    values = {"width": 16, "parametrisation": "standard", "settings": (), "seed": 0}
-    return Trial(**{**values, "log2_lr": -7.0, **changes})
-
-
-def result_of(trial: Trial, loss: float, **changes: Any) -> Result:
-    """Return a result that nobody has trained."""
-    values: dict[str, Any] = {
-        "key": f"{hash(trial):x}",
-        "loss": loss,
-        "train_loss": loss,
-        "diverged": "" if math.isfinite(loss) else "the loss of step 3 is inf",
-        "steps": 4,
-        "clip_fraction": None,
-        "wall_seconds": trial.width / 16,
-        "cpu_seconds": 1.0,
-        "shape": "s",
-        "threads": 1,
-        "device": "cpu",
-        "code": "c",
-        "recipe": {},
-    }
-    return Result(**{**values, **changes})
-
-
-class Pretended:
-    """Runs nothing: losses come from a formula, and what it names crashes."""
-
-    def __init__(self, store: Store, crashing: set[Trial] | None = None) -> None:
-        self.store, self.crashing = store, crashing or set()
-        self.started: list[Trial] = []
-        self.pending: list[Job] = []
-
-    def room(self) -> int:
-        return 2 - len(self.pending)
-
-    def start(self, job: Job) -> None:
-        assert self.room() > 0, "no more than there is room for"
-        self.started.append(job.trial)
-        self.pending.append(job)
-
-    def wait(self, seconds: float) -> list[Ended]:
-        job = self.pending.pop()
-        trial = job.trial
-        if trial in self.crashing:
-            return [Ended(job, None, "ValueError: broken\n    log: nowhere")]
-        octaves = 0.0 if trial.parametrisation == "mup" else math.log2(trial.width / 16)
-        loss = 2.5 - 0.1 * math.log2(trial.width) + 0.01 * trial.seed
-        loss += 0.02 * (trial.log2_lr + 6 + octaves) ** 2
-        result = result_of(trial, loss, key=job.key, recipe=dict(job.recipe), clip_fraction=0.25)
-        self.store.write(result)
-        return [Ended(job, result)]
-
-    def close(self) -> None: ...
-
-
-class Inline:
-    """Runs trials here and now, one at a time."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.jobs: list[Job] = []
-
-    def room(self) -> int:
-        return 1 - len(self.jobs)
-
-    def start(self, job: Job) -> None:
-        self.jobs.append(job)
-
-    def wait(self, seconds: float) -> list[Ended]:
-        job = self.jobs.pop()
-        return [Ended(job, run_trial(self.store, job.key, job.recipe))]
-
-    def close(self) -> None: ...
-
-
-def pretended(space: Space, **crashing: Any) -> tuple[State, Pretended]:
-    """Carry out a sweep in pretence."""
-    store = Store(space.request.store)
-    state, runner = State(space, store), Pretended(store, **crashing)
-    conduct(state, runner, lambda state: None)
-    return state, runner
-
-
-def without_seconds(folder: Path) -> list[dict[str, str]]:
-    """Return the rows of a sweep's table, less what a clock says."""
-    rows = csv.DictReader((folder / "sweep.csv").read_text(encoding="utf-8").splitlines())
-    return [{key: value for key, value in row.items() if key not in SECONDS} for row in rows]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Trials and their digests
@@ -487,118 +356,3 @@ def test_a_target_that_muP_cannot_compare_with_its_base_is_refused_first(
     assert main(line) == 2
     expected = f"--transfer-to {target}: mup.base_width=16: model.ffn_width=5000: at width 16 in"
     assert expected in capsys.readouterr().err
-
-
-# Whole sweeps, in processes
-
-
-def test_trials_share_the_cores_and_take_no_more_threads_than_the_environment_allows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(command, "usable_cores", lambda: 8)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert [command.threads_of_each(jobs) for jobs in (1, 2, 3, 16)] == [8, 4, 2, 1]
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert command.threads_of_each(2) == 1
-
-
-def test_a_killed_sweep_goes_on_and_repeats_no_finished_trial(
-    corpus: tuple[str, str], tmp_path: Path
-) -> None:
-    shape = ("--seeds", "1", "--jobs", "1", "--parametrisation", "standard", "train.steps=12")
-
-    def line(name: str) -> list[str]:
-        folders = ("--store", str(tmp_path / name), "--output", str(tmp_path / f"{name}-out"))
-        return words(corpus, *shape, *folders)
-
-    store = Store(tmp_path / "killed")
-    started = [sys.executable, "-m", "interlace.launch.cli", *line("killed")]
-    log = (tmp_path / "log").open("wb")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    sweep = subprocess.Popen(started, stdout=log, stderr=log, env=environment)
-    deadline = time.monotonic() + 300
-    while len(list(store.results())) < 3 and sweep.poll() is None:
-        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.01)
-    sweep.send_signal(signal.SIGKILL)
-    assert sweep.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
-    finished = {result.key for result in store.results()}
-    begun = store.starts()
-    assert len(begun) - len(finished) <= 1, "a kill loses only what was running"
-
-    assert main(line("killed")) == 0
-    straight = State(
-        make_space(read_request(parse(build_parser(), line("straight"))), "cpu"),
-        Store(tmp_path / "straight"),
-    )
-    conduct(straight, Inline(straight.store), lambda state: None)
-    write_records(straight, judged(straight), tmp_path / "straight-out")
-    assert without_seconds(tmp_path / "killed-out") == without_seconds(tmp_path / "straight-out")
-    starts = store.starts()
-    assert all(starts.count(key) == 1 for key in finished)
-    results = list(store.results())
-    assert len(finished) < len(results), "it was killed in the middle"
-    assert len(starts) <= len(results) + 1
-
-
-def test_a_worker_that_dies_takes_one_trial_with_it(
-    corpus: tuple[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    # The sixth step of a process is in its second trial.
-    monkeypatch.setenv("INTERLACE_FAILPOINT", "step.update@6:kill")
-    folders = ("--store", str(tmp_path / "store"), "--output", str(tmp_path / "out"))
-    shape = ("--seeds", "1", "--jobs", "1", "--widths", "16", "--parametrisation", "mup")
-    assert main(words(corpus, *shape, *folders, lr="2**-8:2**-7")) == 1
-    shown = capsys.readouterr()
-    store = Store(tmp_path / "store")
-    document = json.loads((tmp_path / "out" / "sweep.json").read_text(encoding="utf-8"))
-    assert document["trials"] and document["crashed"]
-    assert "its process died (signal 9)" in document["crashed"][0]["problem"]
-    assert "log: " in document["crashed"][0]["problem"] and "CRASHED" in shown.err
-    assert len(store.starts()) == len(document["trials"]) + len(document["crashed"])
-    assert "trials crashed; they run again when the sweep does" in shown.out
-
-
-def test_a_dry_run_lists_trials_and_runs_none(
-    corpus: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = words(corpus, "--store", str(tmp_path / "store"), "--dry-run", "--jobs", "2")
-    assert main(line) == 0
-    shown = capsys.readouterr().out
-    assert "width 16: 9 trials, 3 learning rates from 0.00390625 to 0.015625" in shown
-    assert "about 15 at width 32" in shown and "is not known" in shown
-    assert not (tmp_path / "store").exists()
-    pretended(space_of(corpus, tmp_path))
-    assert main(line) == 0
-    assert "0 are needed next" in capsys.readouterr().out
-
-
-def test_the_exit_status_and_json_tell_the_verdict(
-    corpus: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pretended(space_of(corpus, tmp_path, "--parametrisation", "both"))
-    folders = ("--store", str(tmp_path / "store"), "--output", str(tmp_path / "out"))
-    assert main(words(corpus, *folders, "--parametrisation", "both", "--json")) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["families"][0]["transfer"]["drift_passes"] is True
-    assert document["above_standard"][0]["nats"] == pytest.approx(0, abs=1e-9)
-    assert main(words(corpus, *folders, "--parametrisation", "standard")) == 0
-
-
-def test_folders_that_are_files_are_refused(
-    corpus: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    for option in ("--output", "--store"):
-        assert main(words(corpus, option, str(tmp_path / "file"))) == 2
-        assert f"{option} {tmp_path / 'file'}: is a file; give a folder" in capsys.readouterr().err
-
-
-def test_help_teaches_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        build_parser().parse_args(["sweep", "--help"])
-    shown = capsys.readouterr().out
-    assert "--widths 64,128,256" in shown and "Exit status" in shown
