@@ -54,6 +54,7 @@ from interlace.trainer.rendezvous import agree, digest_of
 from interlace.trainer.run import Run
 from interlace.trainer.run_folder import (
     RunFolder,
+    begin_attempt,
     config_text,
     keep_plugins,
     open_run_folder,
@@ -149,7 +150,8 @@ def assemble(
         # Whoever gets the parts closes it; if they cannot be made, nobody does.
         undo.callback(engine.close)
         state = TrainingState(model, engine, objective, world)
-        attempt = world.on_main(folder.store.begin_attempt)
+        opened = folder
+        folder, attempt = world.on_main(lambda: begin_attempt(opened, config))
         heartbeat = began(folder, attempt) if began else Heartbeat()
         heartbeat.enter("load")
         progress, notes = restore(folder, attempt, state, corpus, manifest)

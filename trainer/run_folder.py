@@ -98,6 +98,23 @@ def open_run_folder(config: RunConfig) -> RunFolder:
     return RunFolder(path, resumes, notes)
 
 
+def begin_attempt(folder: RunFolder, config: RunConfig) -> tuple[RunFolder, int]:
+    """Take the number of this start, and see again whether the run continues: another start may
+    have saved since the folder was opened, and only the number keeps it from saving more. Called by
+    rank 0 only.
+
+    Raises:
+        ConfigError: This recipe cannot continue what the other start has begun.
+        SaveError: The folder cannot be written.
+    """
+    attempt = folder.store.begin_attempt()
+    if folder.resumes or not folder.store.committed_steps():
+        return folder, attempt
+    saved = read_config(folder.path, config.model.plugins)
+    notes = continuation_notes(saved, config, folder.path)
+    return RunFolder(folder.path, True, notes), attempt
+
+
 def require_ours(path: Path) -> None:
     """Do nothing if a run folder is this user's own, or is not there yet.
 

@@ -114,12 +114,14 @@ class Soak:
         self.end(self.run.start(RANKS, point, (victim,)))
 
     def overtake(self) -> None:
-        """A second start beside the first, which nobody ended."""
+        """A second start beside the first, which nobody ended: who took its number last goes on."""
         first = self.run.start(RANKS)
         if not self.follow_a_while():
             second = self.run.start(RANKS)
-            self.end(second)
-            assert set(first.wait()) <= {0, Exit.SUPERSEDED, Exit.DEFECT}, first.printed()
+            self.end(second, Exit.SUPERSEDED, Exit.DEFECT)
+            codes = first.wait()
+            assert set(codes) <= {0, Exit.SUPERSEDED, Exit.DEFECT}, first.printed()
+            assert not any(codes) or not any(self.codes()), first.printed() + second.printed()
         self.end(first, Exit.SUPERSEDED, Exit.DEFECT)
 
 

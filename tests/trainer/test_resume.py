@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_run import train_here
 
+from interlace.trainer import assembly
 from interlace.trainer.assembly import assemble, open_run, restore
-from interlace.trainer.checkpoint.commit import Superseded
+from interlace.trainer.checkpoint.commit import CheckpointStore, Superseded
 from interlace.trainer.config import load_recipe
 from interlace.trainer.data.prepare import find_prepared
+from interlace.trainer.errors import ConfigError
 from interlace.trainer.run_folder import open_run_folder
 from interlace.trainer.world import World
 
@@ -106,6 +109,29 @@ def test_a_finished_run_is_left_alone(
     assert done.returncode == 0
     assert "finished 40 steps" in done.stdout
     assert sorted((straight(1) / "checkpoints" / "committed").iterdir()) == before
+
+
+@pytest.mark.parametrize("more", [(), ("model.width=16",)], ids=["the same", "another model"])
+def test_a_start_goes_on_from_what_another_saved_while_it_prepared(
+    more: Sequence[str], tiny: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, measured = tmp_path / "run", assembly.hardware_for
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(assembly, "hardware_for", measured)
+        train_here(tiny, run, "train.steps=6")
+        return measured(*arguments)
+
+    monkeypatch.setattr(assembly, "hardware_for", meanwhile)
+    words = (*more, "train.steps=8", "train.validate_every_steps=0")
+    if more:
+        with pytest.raises(
+            ConfigError, match=r"model\.width=16: the run in .* was started with 32"
+        ):
+            train_here(tiny, run, *words)
+        return
+    assert "resumed from the checkpoint of step 6" in train_here(tiny, run, *words)
+    assert CheckpointStore(run / "checkpoints").committed_steps()[-1] == 8
 
 
 def test_a_run_can_be_made_longer(
