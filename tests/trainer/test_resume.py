@@ -125,9 +125,7 @@ def test_a_start_goes_on_from_what_another_saved_while_it_prepared(
     monkeypatch.setattr(assembly, "hardware_for", meanwhile)
     words = (*more, "train.steps=8", "train.validate_every_steps=0")
     if more:
-        with pytest.raises(
-            ConfigError, match=r"model\.width=16: the run in .* was started"
-        ):
+        with pytest.raises(ConfigError, match=r"model\.width=16: the run in .* was started"):
             train_here(tiny, run, *words)
         return
     assert "resumed from the checkpoint of step 6" in train_here(tiny, run, *words)
