@@ -4,23 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sweep_cases import SMALL
 
 from interlace.launch.cli import main
 from interlace.launch.sweep.store import Store
-
-SMALL = (
-    "model.width=32",
-    "model.layers=1",
-    "model.heads=2",
-    "model.kv_heads=1",
-    "model.ffn_width=64",
-    "data.sequence_length=32",
-    "train.tokens_per_step=128",
-    "train.steps=4",
-    "train.validate_every_steps=0",
-    "train.validation_tokens=256",
-    "optimizer.warmup_steps=1",
-)
 
 
 @pytest.fixture(autouse=True)

@@ -124,12 +124,13 @@ def silent_ends(drill: Drill) -> Iterator[str]:
                 yield f"rank {rank} ended with {code}, which is no status of ours"
             if code == Exit.MISTAKE:
                 continue
+            if attempt.resumed_step() is None and "interlace: " in attempt.said(rank):
+                # Its start had no number yet, and so no file.
+                continue
             ends = [
                 json.loads(path.read_text(encoding="utf-8"))
                 for path in (drill.run / "ends").glob(f"attempt-*/rank-{rank}.json")
             ]
-            if attempt.resumed_step() is None and "interlace: " in attempt.said(rank):
-                continue
             if not any(end["status"] == code for end in ends):
                 yield f"rank {rank} ended with {code} and left no reason: {ends}"
 
